@@ -1,0 +1,151 @@
+"""Codebooks: every real-valued part of a record is an index into a table that the manifest holds.
+
+Crops and mixes are drawn from these tables before anything is computed from them, so a shard stores
+exactly what the teacher saw. Distances are rounded to the nearest level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nrrdd_format import draws
+from nrrdd_format.errors import ConfigError, FormatError
+from nrrdd_format.limits import MAX_IMAGE_SIDE, MAX_LEVELS, MAX_MIXES, MAX_VIEWS
+
+MixKind = Literal["cutmix", "mixup", "both"]
+MixEntry = tuple[int, int, int, int] | float
+"""CutMix: the box [top, left, height, width] in pixels; Mixup: lam, a multiple of 1/256."""
+
+LAM_STEPS = 256
+_CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MixTable:
+    """A mix codebook as columns of length M, for vectorised lookup."""
+
+    is_cutmix: NDArray[np.bool_]  # (M,)
+    box: NDArray[np.int16]  # (M, 4), zeros for Mixup
+    lam: NDArray[np.float32]  # (M,) share of `org`; CutMix: 1 - height * width / size**2
+
+    def __len__(self) -> int:
+        return len(self.lam)
+
+    @classmethod
+    def from_entries(cls, entries: Sequence[MixEntry], size: int) -> MixTable:
+        """Columns of `entries` for images of `size` pixels a side."""
+        is_cutmix = np.array([isinstance(e, tuple) for e in entries], bool)
+        box = np.array([e if isinstance(e, tuple) else (0, 0, 0, 0) for e in entries], np.int16)
+        lam = [1.0 - e[2] * e[3] / size**2 if isinstance(e, tuple) else e for e in entries]
+        return cls(is_cutmix=is_cutmix, box=box.reshape(-1, 4), lam=np.array(lam, np.float32))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Codebooks:
+    """The three tables of a dataset."""
+
+    views: NDArray[np.int16]  # (V, 4) crop boxes [top, left, height, width] in pixels
+    mixes: tuple[MixEntry, ...]
+    distances: NDArray[np.float32]  # (L,) ascending, nats
+
+
+def view_codebook(
+    seed: int,
+    size: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    count: int = 512,
+) -> NDArray[np.int16]:
+    """`count` crop boxes (count, 4) [top, left, height, width] for images of `size` pixels a side.
+
+    Drawn by the rule of torchvision's RandomResizedCrop: area share uniform in `scale`, logarithm of the
+    aspect ratio uniform. `scale=(1, 1)` gives one box, the whole image. Raises ConfigError.
+    """
+    _require(1 <= size <= MAX_IMAGE_SIDE, f"image size {size}: expected 1..{MAX_IMAGE_SIDE}")
+    _require(1 <= count <= MAX_VIEWS, f"view codebook of {count} entries: expected 1..{MAX_VIEWS}")
+    _require(0 < scale[0] <= scale[1] <= 1, f"view scale {scale}: expected 0 < low <= high <= 1")
+    _require(0 < ratio[0] <= 1 <= ratio[1], f"view ratio {ratio}: expected 0 < low <= 1 <= high")
+    if scale[0] == 1:
+        return np.array([[0, 0, size, size]], np.int16)
+    rng = draws.generator(seed, "view-codebook")
+    return np.array([_crop(rng, size, scale, ratio) for _ in range(count)], np.int16)
+
+
+def _crop(
+    rng: np.random.Generator, size: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    for _ in range(_CROP_ATTEMPTS):
+        area = size * size * rng.uniform(*scale)
+        aspect = float(np.exp(rng.uniform(np.log(ratio[0]), np.log(ratio[1]))))
+        height, width = round((area / aspect) ** 0.5), round((area * aspect) ** 0.5)
+        if 0 < height <= size and 0 < width <= size:
+            top, left = rng.integers(size - height + 1), rng.integers(size - width + 1)
+            return int(top), int(left), height, width
+    return 0, 0, size, size
+
+
+def mix_codebook(
+    seed: int,
+    size: int,
+    kind: MixKind = "cutmix",
+    cutmix_alpha: float = 1.0,
+    mixup_alpha: float = 0.8,
+    count: int = 1024,
+) -> list[MixEntry]:
+    """`count` mixes for images of `size` pixels a side.
+
+    CutMix entries are boxes clipped to the image, never empty, never the whole image; Mixup entries are lam
+    in (0, 1), multiples of 1/256. `kind="both"` alternates the two. Raises ConfigError.
+    """
+    _require(kind in ("cutmix", "mixup", "both"), f"mix kind {kind!r}: expected cutmix, mixup or both")
+    _require(2 <= size <= MAX_IMAGE_SIDE, f"image size {size}: expected 2..{MAX_IMAGE_SIDE}")
+    _require(1 <= count <= MAX_MIXES, f"mix codebook of {count} entries: expected 1..{MAX_MIXES}")
+    _require(cutmix_alpha > 0 and mixup_alpha > 0, "mix alpha: expected a positive number")
+    rng = draws.generator(seed, "mix-codebook")
+    cutmix = [kind == "cutmix" or (kind == "both" and i % 2 == 0) for i in range(count)]
+    return [_cutmix(rng, size, cutmix_alpha) if cut else _mixup(rng, mixup_alpha) for cut in cutmix]
+
+
+def _cutmix(rng: np.random.Generator, size: int, alpha: float) -> MixEntry:
+    while True:
+        side = int(size * (1.0 - rng.beta(alpha, alpha)) ** 0.5)
+        centre = rng.integers(size, size=2)
+        low = np.clip(centre - side // 2, 0, size)
+        height, width = (np.clip(centre - side // 2 + side, 0, size) - low).tolist()
+        if 0 < height * width < size * size:
+            return int(low[0]), int(low[1]), height, width
+
+
+def _mixup(rng: np.random.Generator, alpha: float) -> MixEntry:
+    return float(np.clip(round(rng.beta(alpha, alpha) * LAM_STEPS), 1, LAM_STEPS - 1)) / LAM_STEPS
+
+
+def distance_levels(count: int = 64, low: float = 1e-3, high: float = 16.0) -> NDArray[np.float32]:
+    """`count` distances in nats, float32, equally spaced in the logarithm from `low` to `high`."""
+    _require(2 <= count <= MAX_LEVELS, f"{count} distance levels: expected 2..{MAX_LEVELS}")
+    _require(0 < low < high, f"distance levels from {low} to {high}: expected 0 < low < high")
+    return np.geomspace(low, high, count).astype(np.float32)
+
+
+def quantize(distances: NDArray[np.floating], levels: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Index of the level nearest to each distance in the logarithm, clamped to the table's ends.
+
+    `distances` in nats, any shape. Raises FormatError for a distance that is negative or not finite.
+    """
+    values = np.asarray(distances, np.float64)
+    bad = ~(np.isfinite(values) & (values >= 0))
+    if bad.any():
+        raise FormatError(f"distance {values[bad][0]}: expected a finite number >= 0 (teacher output is broken)")
+    exact = levels.astype(np.float64)
+    middles = np.sqrt(exact[:-1] * exact[1:])
+    return np.searchsorted(middles, values).astype(np.uint8)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)

@@ -1,0 +1,20 @@
+"""Bounds of SPEC.md section 2. Readers check them before allocating anything; writers never exceed them."""
+
+from __future__ import annotations
+
+MAX_MANIFEST_BYTES = 64 * 2**20
+MAX_SHARDS = 65536
+MAX_CLASSES = 2**20
+MAX_TEXT = 4096  # characters in one string of the manifest
+MAX_IMAGE_SIDE = 4096  # pixels
+MAX_VIEWS = 65536
+MAX_MIXES = 4096
+MAX_LEVELS = 256
+
+MAX_SHARD_BYTES = 2**42
+MAX_HEADER_BYTES = 16 * 2**20  # the msgpack part of a shard header or of a record member's head
+MAX_IMAGES = 65536  # a shard; also its pairs
+MAX_IMAGE_BYTES = 16 * 2**20  # one image member
+MAX_MEMBER_BYTES = 8**11 - 1  # the largest size a USTAR header can state
+MAX_EPOCHS = 65536
+MAX_INDEX = 10**9  # an image's number in the whole dataset

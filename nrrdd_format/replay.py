@@ -1,0 +1,295 @@
+"""Replay: from stored uint8 images and pair records to the batch that a network sees.
+
+The teacher's distances hold only for exactly the images it saw, so builder and loader both come through here:
+view (crop, resize, flip), mix (CutMix or Mixup), normalise. SPEC.md ("Replay") defines the arithmetic.
+
+Shapes: U unique images of a batch, B pairs, S side of an image. Boxes are [top, left, height, width] in
+pixels. On a CPU everything runs image by image, in channels_last memory: an image stays in cache from its
+crop to its normalisation, several times faster than batched float operations. On a GPU everything is batched.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from nrrdd_format.errors import FormatError
+from nrrdd_format.records import PairRecords
+
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+def decode_image(data: bytes, size: int) -> Tensor:
+    """Decodes one image of a shard.
+
+    The size in the header is checked before any pixel is decoded, so a damaged file cannot ask for gigabytes.
+
+    Args:
+        data: the encoded JPEG, PNG or WebP file.
+        size: S, the side that the manifest promises.
+
+    Returns:
+        (3, S, S) uint8 RGB, channels last in memory.
+
+    Raises:
+        FormatError: no such image, or another size. The caller adds shard and member (`FormatError.located`).
+    """
+    try:
+        picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+        if picture.size == (size, size):
+            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    except Exception as error:  # Pillow's decoders raise whatever they stumble over
+        raise FormatError(f"not a readable JPEG, PNG or WebP image ({error}); fetch the file again") from error
+    width, height = picture.size
+    raise FormatError(f"image of {width}x{height} pixels, expected {size}x{size} as in the manifest")
+
+
+def stack_images(images: Sequence[Tensor]) -> Tensor:
+    """Stacks (3, S, S) uint8 images to (U, 3, S, S), channels last in memory as replay wants them."""
+    stacked = torch.empty((len(images), *images[0].shape), dtype=torch.uint8, memory_format=torch.channels_last)
+    for slot, image in zip(stacked, images, strict=True):
+        slot.copy_(image)
+    return stacked
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """Which images a batch of pairs needs, each once, and how its pairs are made from them."""
+
+    shard: NDArray[np.int64]
+    """(U,) shard of each image."""
+    image: NDArray[np.int64]
+    """(U,) index of each image within its shard."""
+    boxes: NDArray[np.int64]
+    """(U, 4) crop of each image."""
+    flips: NDArray[np.bool_]
+    """(U,) whether the crop is flipped left to right."""
+    org: NDArray[np.int64]
+    """(B,) position among the U images of the image that a pair starts from."""
+    aug: NDArray[np.int64]
+    """(B,) position of the image that is mixed in."""
+    is_cutmix: NDArray[np.bool_]
+    """(B,) CutMix, otherwise Mixup."""
+    mix_box: NDArray[np.int64]
+    """(B, 4) CutMix: the box pasted from `aug`; Mixup: zeros."""
+    lam: NDArray[np.float32]
+    """(B,) share of `org`."""
+
+    def with_images(self, images: Tensor) -> PairTensors:
+        """The plan as tensors. `images` (U, 3, S, S) uint8 come in the order of `shard` and `image`."""
+        return PairTensors(
+            images=images,
+            boxes=torch.from_numpy(self.boxes),
+            flips=torch.from_numpy(self.flips),
+            org=torch.from_numpy(self.org),
+            aug=torch.from_numpy(self.aug),
+            is_cutmix=torch.from_numpy(self.is_cutmix),
+            mix_box=torch.from_numpy(self.mix_box),
+            lam=torch.from_numpy(self.lam),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairTensors:
+    """All that replay needs for a batch; the fields are those of `BatchPlan`, as tensors on one device."""
+
+    images: Tensor
+    """(U, 3, S, S) uint8, as decoded."""
+    boxes: Tensor
+    flips: Tensor
+    org: Tensor
+    aug: Tensor
+    is_cutmix: Tensor
+    mix_box: Tensor
+    lam: Tensor
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PairTensors:
+        """The same on another device."""
+        moved = {field.name: getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)}
+        return PairTensors(**moved)
+
+    def pin_memory(self) -> PairTensors:
+        """The same in page-locked memory."""
+        return PairTensors(**{field.name: getattr(self, field.name).pin_memory() for field in fields(self)})
+
+
+def plan_batch(parts: Sequence[tuple[int, PairRecords]]) -> BatchPlan:
+    """Plans a batch from (shard, records of some of its pairs) parts, pairs in the order given.
+
+    All parts must be of one epoch: an image has one view there, whichever role it plays.
+    """
+    records = [part for _, part in parts]
+    shard = np.concatenate([np.full(len(part.index_org), shard, dtype=np.int64) for shard, part in parts])
+    index_org = np.concatenate([part.index_org for part in records])
+    index_aug = np.concatenate([part.index_aug for part in records])
+    key = np.tile(shard << 32, 2) | np.concatenate([index_org, index_aug])
+    unique, first, position = np.unique(key, return_index=True, return_inverse=True)
+    view = np.concatenate([part.view_org for part in records] + [part.view_aug for part in records])
+    flip = np.concatenate([part.flip_org for part in records] + [part.flip_aug for part in records])
+    return BatchPlan(
+        shard=unique >> 32,
+        image=unique & 0xFFFFFFFF,
+        boxes=view[first].astype(np.int64),
+        flips=flip[first],
+        org=position[: len(shard)],
+        aug=position[len(shard) :],
+        is_cutmix=np.concatenate([part.is_cutmix for part in records]),
+        mix_box=np.concatenate([part.mix_box for part in records]).astype(np.int64),
+        lam=np.concatenate([part.lam for part in records]),
+    )
+
+
+def replay(pairs: PairTensors, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Makes the mixed, normalised images of a batch, on the device where `pairs` lie.
+
+    Args:
+        pairs: images and plan of the batch.
+        mean, std: of a pixel's value / 255, one per channel (the manifest's).
+
+    Returns:
+        (B, 3, S, S) float32, channels last in memory.
+    """
+    views = apply_views(pairs.images, pairs.boxes, pairs.flips)
+    if views.device.type != "cpu":
+        mixed = mix(views, pairs.org, pairs.aug, pairs.is_cutmix, pairs.mix_box, pairs.lam)
+        return normalize(mixed, mean, std)
+    shift, scale = _row_constants(mean, std, views.shape[-1], views.device)
+    batch = _empty_batch(len(pairs.org), views)
+    for out, pair in zip(batch, _pair_rows(pairs), strict=True):
+        _mix_pair(out, views, *pair)
+        out.sub_(shift).div_(scale)
+    return batch
+
+
+def apply_views(images: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
+    """Crops each image, resizes the crop to full size, then flips it.
+
+    Bilinear with half-pixel centres and no antialiasing: a crop is never larger than the image, so nothing is
+    ever reduced. CPU and GPU agree within one grey level.
+
+    Args:
+        images: (U, 3, S, S) uint8.
+        boxes: (U, 4) integer boxes inside the image.
+        flips: (U,) bool.
+
+    Returns:
+        (U, 3, S, S) uint8, channels last in memory.
+    """
+    if images.device.type == "cpu":
+        return _views_one_by_one(images, boxes, flips)
+    return _views_batched(images, boxes, flips)
+
+
+def mix(views: Tensor, org: Tensor, aug: Tensor, is_cutmix: Tensor, mix_box: Tensor, lam: Tensor) -> Tensor:
+    """Mixes pairs: CutMix pastes the box from `aug` onto `org`, Mixup takes lam * org + (1 - lam) * aug.
+
+    Args:
+        views: (U, 3, S, S) uint8, or floating point (then gradients flow to it).
+        org, aug: (B,) positions among the views.
+        is_cutmix: (B,) bool.
+        mix_box: (B, 4), for CutMix.
+        lam: (B,) float, for Mixup.
+
+    Returns:
+        (B, 3, S, S), float32 from uint8 views (values 0..255), otherwise the views' own type.
+    """
+    top, left, height, width = mix_box[:, :, None].unbind(1)
+    pixel = torch.arange(views.shape[-1], device=views.device)
+    rows = (pixel >= top) & (pixel < top + height)
+    columns = (pixel >= left) & (pixel < left + width)
+    pasted = rows[:, :, None] & columns[:, None, :]
+    share = torch.where(is_cutmix[:, None, None], (~pasted).float(), lam[:, None, None].float())[:, None]
+    values = views if views.is_floating_point() else views.float()
+    return torch.lerp(values[aug], values[org], share.to(values.dtype))
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(x - 255 * mean) / (255 * std) by channel.
+
+    Args:
+        images: (..., 3, S, S), values 0..255, any type.
+        mean, std: of a pixel's value / 255, one per channel.
+
+    Returns:
+        float32 of the same shape.
+    """
+    shift, scale = _row_constants(mean, std, images.shape[-1], images.device)
+    return (images.float() - shift) / scale
+
+
+def _row_constants(
+    mean: Sequence[float], std: Sequence[float], size: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Normalisation constants (3, 1, S), laid out like a row of a channels_last image.
+
+    One value per channel would broadcast along runs of 3 values, ten times slower on a CPU.
+    """
+    constants = 255.0 * torch.tensor([list(mean), list(std)], dtype=torch.float64)
+    rows = constants.float()[:, None, None, :].expand(2, 1, size, 3).contiguous().to(device)
+    shift, scale = rows.permute(0, 3, 1, 2)
+    return shift, scale
+
+
+def _empty_batch(pairs: int, views: Tensor) -> Tensor:
+    return torch.empty((pairs, *views.shape[1:]), dtype=torch.float32, memory_format=torch.channels_last)
+
+
+def _pair_rows(pairs: PairTensors) -> list[tuple[int, int, bool, list[int], float]]:
+    """The plan as Python values: indexing tensors one value at a time would cost more than the pixels."""
+    columns = (pairs.org, pairs.aug, pairs.is_cutmix, pairs.mix_box, pairs.lam)
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def _mix_pair(out: Tensor, views: Tensor, org: int, aug: int, is_cutmix: bool, mix_box: list[int], lam: float) -> None:
+    """Writes one mixed pair of uint8 views into `out` (3, S, S) float32."""
+    out.copy_(views[org])
+    if is_cutmix:
+        top, left, height, width = mix_box
+        box = (slice(None), slice(top, top + height), slice(left, left + width))
+        out[box].copy_(views[aug][box])
+    else:
+        out.mul_(lam).add_(views[aug], alpha=1.0 - lam)
+
+
+def _views_one_by_one(images: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
+    size = images.shape[-1]
+    views = torch.empty_like(images, memory_format=torch.channels_last)
+    for view, image, box, flip in zip(views, images, boxes.tolist(), flips.tolist(), strict=True):
+        top, left, height, width = box
+        crop = image[None, :, top : top + height, left : left + width]
+        # torch's fast uint8 kernel needs a dense channels_last input.
+        crop = crop.contiguous(memory_format=torch.channels_last)
+        if (height, width) != (size, size):
+            crop = F.interpolate(crop, size=(size, size), mode="bilinear", align_corners=False)
+        view.copy_(crop[0].flip(2) if flip else crop[0])
+    return views
+
+
+def _views_batched(images: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
+    size = images.shape[-1]
+    top, left, height, width = boxes[:, :, None].float().unbind(1)
+    rows = _source_positions(top, height, size)
+    columns = _source_positions(left, width, size)
+    columns = torch.where(flips[:, None], columns.flip(1), columns)
+    grid = torch.stack([columns[:, None, :].expand(-1, size, -1), rows[:, :, None].expand(-1, -1, size)], dim=-1)
+    views = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return views.round_().to(torch.uint8).contiguous(memory_format=torch.channels_last)
+
+
+def _source_positions(start: Tensor, length: Tensor, size: int) -> Tensor:
+    """Where an axis's S output pixels lie in the image, (U, S), in grid_sample's units (-1..1 edge to edge).
+
+    Positions are clamped to the crop's outermost pixel centres: the crop must not see its surroundings.
+    """
+    output = torch.arange(size, device=start.device, dtype=torch.float32)
+    inside = (output + 0.5) * (length / size) - 0.5
+    inside = torch.minimum(inside.clamp_min(0.0), length - 1)
+    return (2.0 * (start + inside) + 1.0) / size - 1.0

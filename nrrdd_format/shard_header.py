@@ -1,0 +1,172 @@
+"""The two frames inside a shard: its header (member table) and its record member's head (block table)."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nrrdd_format import tar
+from nrrdd_format.errors import FormatError
+from nrrdd_format.frames import pack_frame, unpack_frame
+from nrrdd_format.limits import (
+    MAX_EPOCHS,
+    MAX_IMAGE_BYTES,
+    MAX_IMAGES,
+    MAX_INDEX,
+    MAX_MEMBER_BYTES,
+    MAX_SHARDS,
+)
+
+FORMAT = "nrrdd-shard"
+VERSION = (1, 0)
+HEADER_NAME = "__nrrdd__/header"
+RECORDS_NAME = "__nrrdd__/records"
+EXTENSIONS = ("jpg", "png", "webp")
+_IMAGE_NAME = re.compile(r"([0-9]{7,10})_c([0-9]{5,7})\.([a-z]{3,4})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One row of the member table."""
+
+    name: str
+    size: int
+    crc32: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardHeader:
+    """A checked shard header. `members` are the images in order, then the record member."""
+
+    shard: int
+    epochs: int
+    members: tuple[Member, ...]
+
+    @property
+    def images(self) -> int:
+        """n, the number of image members."""
+        return len(self.members) - 1
+
+    def pack(self) -> bytes:
+        """The content of the header member."""
+        rows = [[m.name, m.size, m.crc32] for m in self.members]
+        content = {"format": FORMAT, "version": list(VERSION), "shard": self.shard, "epochs": self.epochs}
+        return pack_frame({**content, "members": rows})
+
+    @classmethod
+    def parse(cls, data: bytes) -> ShardHeader:
+        """Check and read the content of the header member. Raises FormatError."""
+        content = unpack_frame(data)
+        if content.get("format") != FORMAT:
+            raise FormatError(f"format is {content.get('format')!r}, expected {FORMAT!r}")
+        _check_version(content.get("version"))
+        rows = _list(content, "members", 3, MAX_IMAGES + 1)
+        images = _check_images(tuple(map(_image_member, rows[:-1])))
+        return cls(
+            shard=bounded(content.get("shard"), "shard", 0, MAX_SHARDS - 1),
+            epochs=bounded(content.get("epochs"), "epochs", 1, MAX_EPOCHS),
+            members=(*images, _member(rows[-1], RECORDS_NAME, MAX_MEMBER_BYTES)),
+        )
+
+    def offsets(self, start: int) -> NDArray[np.int64]:
+        """File offsets of the members' tar headers, then of the end marker; `start` is that of the first."""
+        rooms = [tar.BLOCK + tar.padded(m.size) for m in self.members]
+        return start + np.concatenate([[0], np.cumsum(rooms)]).astype(np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordsHead:
+    """The block table in front of the record blocks."""
+
+    pairs: int
+    blocks: tuple[int, ...]  # bytes of each epoch's block
+    crcs: tuple[int, ...]
+
+    def pack(self) -> bytes:
+        """The bytes in front of the first block."""
+        content = {"epochs": len(self.blocks), "pairs": self.pairs}
+        return pack_frame({**content, "blocks": list(self.blocks), "crcs": list(self.crcs)})
+
+    @classmethod
+    def parse(cls, data: bytes, *, epochs: int, pairs: int, max_block: int) -> RecordsHead:
+        """Check and read the head against what the shard header and the layout promise."""
+        content = unpack_frame(data)
+        bounded(content.get("epochs"), "epochs", epochs, epochs)
+        bounded(content.get("pairs"), "pairs", pairs, pairs)
+        blocks = [bounded(b, "block size", 1, max_block) for b in _list(content, "blocks", epochs, epochs)]
+        crcs = [bounded(c, "block crc32", 0, 2**32 - 1) for c in _list(content, "crcs", epochs, epochs)]
+        return cls(pairs=pairs, blocks=tuple(blocks), crcs=tuple(crcs))
+
+
+def image_name(index: int, label: int, extension: str) -> str:
+    """Member name of an image: its number in the dataset and its class."""
+    return f"{index:07d}_c{label:05d}.{extension}"
+
+
+def parse_image_name(name: str) -> tuple[int, int]:
+    """(index, label) of an image member. Raises FormatError for a name of another form."""
+    match = _IMAGE_NAME.fullmatch(name)
+    if match is None or name != image_name(int(match[1]), int(match[2]), match[3]) or match[3] not in EXTENSIONS:
+        raise FormatError(f"member name {name!r}, expected <7-digit index>_c<5-digit label>.<jpg|png|webp>")
+    return int(match[1]), int(match[2])
+
+
+def bounded(value: object, name: str, low: int, high: int) -> int:
+    """`value` if it is an integer in [low, high]; FormatError otherwise."""
+    if type(value) is not int or not low <= value <= high:
+        expected = str(low) if low == high else f"{low}..{high}"
+        raise FormatError(f"{name} is {_short(value)}, expected {expected}")
+    return value
+
+
+def _check_version(version: object) -> None:
+    if not isinstance(version, list) or len(version) != 2 or not all(type(v) is int for v in version):
+        raise FormatError(f"version is {_short(version)}, expected [major, minor]")
+    if version[0] != VERSION[0]:
+        found = f"{version[0]}.{version[1]}"
+        raise FormatError(f"version is {found}, this reader knows {VERSION[0]}.x: use a newer nrrdd to read it")
+
+
+def _list(content: dict[str, Any], key: str, low: int, high: int) -> list[Any]:
+    value = content.get(key)
+    if not isinstance(value, list) or not low <= len(value) <= high:
+        found = f"{len(value)} entries" if isinstance(value, list) else _short(value)
+        raise FormatError(f"{key}: {found}, expected a list of {low if low == high else f'{low}..{high}'} entries")
+    return value
+
+
+def _image_member(row: object) -> Member:
+    member = _member(row, None, MAX_IMAGE_BYTES)
+    index, _ = parse_image_name(member.name)
+    bounded(index, "image index", 0, MAX_INDEX - 1)
+    return member
+
+
+def _member(row: object, name: str | None, limit: int) -> Member:
+    if not isinstance(row, list) or len(row) != 3 or not isinstance(row[0], str):
+        raise FormatError(f"member table row {_short(row)}, expected [name, size, crc32]")
+    if name is not None and row[0] != name:
+        raise FormatError(f"last member is {_short(row[0])}, expected {name!r}")
+    size = bounded(row[1], f"size of {_short(row[0])}", 1, limit)
+    return Member(name=row[0], size=size, crc32=bounded(row[2], f"crc32 of {_short(row[0])}", 0, 2**32 - 1))
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _check_images(members: tuple[Member, ...]) -> tuple[Member, ...]:
+    """Images have distinct numbers and one extension, or a stock WebDataset reader would mix them up."""
+    index, times = Counter(parse_image_name(m.name)[0] for m in members).most_common(1)[0]
+    if times > 1:
+        raise FormatError(f"image {index} appears {times} times, expected once")
+    extensions = sorted({m.name.rpartition(".")[2] for m in members})
+    if len(extensions) > 1:
+        raise FormatError(f"image members have the extensions {extensions}, expected one")
+    return members

@@ -1,0 +1,305 @@
+"""Shards: one tar file with the images and pair records of one slice of the dataset (SPEC.md section 4)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nrrdd_format import tar
+from nrrdd_format.errors import ConfigError, FormatError
+from nrrdd_format.files import atomic_write
+from nrrdd_format.frames import PREFIX, payload_length
+from nrrdd_format.limits import MAX_EPOCHS, MAX_IMAGE_BYTES, MAX_SHARDS
+from nrrdd_format.pread import PositionedFile
+from nrrdd_format.records import PairRecords, RecordLayout, decode_epoch, max_block_bytes
+from nrrdd_format.shard_header import (
+    EXTENSIONS,
+    HEADER_NAME,
+    RECORDS_NAME,
+    Member,
+    RecordsHead,
+    ShardHeader,
+    image_name,
+    parse_image_name,
+)
+
+_SHARD_NAME = re.compile(r"shard-([0-9]{5})\.tar")
+_CHUNK = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedImage:
+    """An image as it goes into a shard."""
+
+    index: int  # its number in the whole dataset
+    label: int  # its class
+    data: bytes  # the encoded file
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """What the manifest says about one shard."""
+
+    name: str
+    sha256: str  # of the whole file
+    bytes: int
+    images: int
+    pairs_per_epoch: int
+    record_bytes: int  # size of the record member: everything the labels cost
+
+
+def shard_name(shard: int) -> str:
+    """File name of shard number `shard`."""
+    return f"shard-{shard:05d}.tar"
+
+
+def shard_number(name: str) -> int:
+    """Number of the shard with this file name. Raises FormatError for a name of another form."""
+    match = _SHARD_NAME.fullmatch(name)
+    if match is None or int(match[1]) >= MAX_SHARDS:
+        raise FormatError(f"shard name {name[:60]!r}, expected shard-00000.tar .. shard-{MAX_SHARDS - 1:05d}.tar")
+    return int(match[1])
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file in hex, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_shard(
+    path: str | os.PathLike[str],
+    *,
+    shard: int,
+    images: Sequence[EncodedImage],
+    extension: str,
+    blocks: Sequence[bytes],
+    layout: RecordLayout,
+) -> ShardEntry:
+    """Write one shard: `images` in the order the records number them, `blocks` one an epoch (`encode_epoch`).
+
+    The file appears whole or not at all. Raises ConfigError for content the format cannot hold, OutputError
+    where the file cannot be written.
+    """
+    _check_content(shard, images, extension, blocks, layout)
+    head = RecordsHead(pairs=layout.pairs, blocks=tuple(map(len, blocks)), crcs=tuple(map(zlib.crc32, blocks)))
+    records = [head.pack(), *blocks]
+    members = [_member(image_name(i.index, i.label, extension), [i.data]) for i in images]
+    members.append(_member(RECORDS_NAME, records))
+    header = ShardHeader(shard=shard, epochs=len(blocks), members=tuple(members)).pack()
+    with atomic_write(Path(path)) as file:
+        _write_member(file, HEADER_NAME, [header])
+        for member, image in zip(members, images, strict=False):
+            _write_member(file, member.name, [image.data])
+        _write_member(file, RECORDS_NAME, records)
+        file.write(tar.END)
+    return ShardEntry(
+        name=os.path.basename(path),
+        sha256=file_sha256(path),
+        bytes=os.path.getsize(path),
+        images=len(images),
+        pairs_per_epoch=layout.pairs,
+        record_bytes=members[-1].size,
+    )
+
+
+def _check_content(
+    shard: int, images: Sequence[EncodedImage], extension: str, blocks: Sequence[bytes], layout: RecordLayout
+) -> None:
+    _require(0 <= shard < MAX_SHARDS, f"shard number {shard}: expected 0..{MAX_SHARDS - 1}")
+    _require(extension in EXTENSIONS, f"image extension {extension!r}: expected one of {', '.join(EXTENSIONS)}")
+    _require(len(images) == layout.images, f"shard {shard}: {len(images)} images, expected {layout.images}")
+    _require(1 <= len(blocks) <= MAX_EPOCHS, f"shard {shard}: {len(blocks)} epochs, expected 1..{MAX_EPOCHS}")
+    _require(len({i.index for i in images}) == len(images), f"shard {shard}: an image index appears twice")
+    for image in images:
+        size = len(image.data)
+        _require(
+            1 <= size <= MAX_IMAGE_BYTES,
+            f"image {image.index}: {size} bytes encoded, expected 1..{MAX_IMAGE_BYTES}",
+        )
+
+
+def _member(name: str, parts: Sequence[bytes]) -> Member:
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return Member(name=name, size=sum(map(len, parts)), crc32=crc)
+
+
+def _write_member(file: BinaryIO, name: str, parts: Sequence[bytes]) -> None:
+    size = sum(map(len, parts))
+    file.write(tar.header(name, size))
+    file.writelines(parts)
+    file.write(bytes(tar.padded(size) - size))
+
+
+class ShardReader:
+    """Random access to one shard. Nothing read is trusted: lengths are bounded, every checksum compared.
+
+    Opening reads only the header member. The object can be pickled and used after a fork. Every method raises
+    FormatError with the file, member and offset of the first fault. `layout` comes from the manifest, as does
+    `entry`, against which the file is compared if it is given.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], entry: ShardEntry | None, layout: RecordLayout) -> None:
+        self.path = os.fspath(path)
+        self.layout = layout
+        self._file = PositionedFile(path)
+        self._records_head: RecordsHead | None = None
+        self.header, self._header_bytes = self._read_header()
+        self._offsets = self.header.offsets(tar.BLOCK + tar.padded(self._header_bytes))
+        self._check_against(entry)
+        names = [parse_image_name(m.name) for m in self.header.members[:-1]]
+        self.indices: NDArray[np.int64] = np.array([index for index, _ in names], np.int64)  # (n,) in the dataset
+        self.labels: NDArray[np.int64] = np.array([label for _, label in names], np.int64)  # (n,)
+
+    @property
+    def images(self) -> int:
+        """n, the number of images."""
+        return self.header.images
+
+    @property
+    def epochs(self) -> int:
+        """Number of stored epochs."""
+        return self.header.epochs
+
+    @property
+    def shard(self) -> int:
+        """The shard's number."""
+        return self.header.shard
+
+    def image_bytes(self, image: int) -> bytes:
+        """The encoded image with this index within the shard, its checksum compared."""
+        if not 0 <= image < self.images:
+            raise IndexError(f"{self.path}: image {image}, expected 0..{self.images - 1}")
+        member, offset = self.header.members[image], int(self._offsets[image])
+        block = self._file.read(offset, tar.BLOCK + member.size, member.name)
+        self._check_tar_header(block[: tar.BLOCK], member.name, member.size, offset)
+        data = block[tar.BLOCK :]
+        self._check_crc(zlib.crc32(data), member, offset + tar.BLOCK)
+        return data
+
+    def records(self, epoch: int) -> PairRecords:
+        """The pairs of one epoch, P of them."""
+        if not 0 <= epoch < self.epochs:
+            raise IndexError(f"{self.path}: epoch {epoch}, expected 0..{self.epochs - 1}")
+        head, start = self._load_records_head()
+        offset = start + sum(head.blocks[:epoch])
+        block = self._file.read(offset, head.blocks[epoch], RECORDS_NAME)
+        try:
+            if zlib.crc32(block) != head.crcs[epoch]:
+                raise FormatError(f"crc32 {zlib.crc32(block):08x}, expected {head.crcs[epoch]:08x}")
+            return decode_epoch(block, self.layout, self.shard, epoch)
+        except FormatError as error:
+            reason = f"block of epoch {epoch}: {error.reason}"
+            raise FormatError(reason, path=self.path, member=RECORDS_NAME, offset=offset) from None
+
+    def check_rest(self) -> None:
+        """Check what reading all images and blocks leaves out: the record member's checksum, all padding."""
+        member, start = self.header.members[-1], int(self._offsets[-2]) + tar.BLOCK
+        crc = 0
+        for offset in range(start, start + member.size, _CHUNK):
+            crc = zlib.crc32(self._file.read(offset, min(_CHUNK, start + member.size - offset), member.name), crc)
+        self._check_crc(crc, member, start)
+        self._check_padding(HEADER_NAME, 0, self._header_bytes)
+        for one, offset in zip(self.header.members, self._offsets.tolist(), strict=False):
+            self._check_padding(one.name, offset, one.size)
+        self._check_zeros(int(self._offsets[-1]), len(tar.END), None)
+
+    def close(self) -> None:
+        """Close the file; a later read opens it again."""
+        self._file.close()
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read_header(self) -> tuple[ShardHeader, int]:
+        """The header and the size of its member."""
+        first = self._file.read(0, tar.BLOCK + PREFIX.size, HEADER_NAME)
+        try:
+            size = tar.stated_size(first[: tar.BLOCK])
+            self._check_tar_header(first[: tar.BLOCK], HEADER_NAME, size, 0)
+            length = payload_length(first[tar.BLOCK :], size)
+            header = ShardHeader.parse(self._file.read(tar.BLOCK, PREFIX.size + length, HEADER_NAME))
+            if size != PREFIX.size + length:
+                raise FormatError(f"the tar header states {size} bytes, the member itself {PREFIX.size + length}")
+        except FormatError as error:
+            raise error.located(path=self.path, member=HEADER_NAME, offset=tar.BLOCK) from None
+        return header, size
+
+    def _check_against(self, entry: ShardEntry | None) -> None:
+        """Compare the header with the file's length, the layout and the manifest."""
+        size = self._file.size()
+        self._expect("the file has", size, int(self._offsets[-1]) + len(tar.END), "bytes (shard header)")
+        self._expect("the shard header lists", self.images, self.layout.images, "images (manifest)")
+        if entry is not None:
+            self._expect("the shard header says it is", shard_name(self.shard), entry.name, "(manifest)")
+            self._expect("the file has", size, entry.bytes, "bytes (manifest)")
+            records = self.header.members[-1].size
+            self._expect("the record member has", records, entry.record_bytes, "bytes (manifest)")
+
+    def _expect(self, what: str, found: object, expected: object, unit: str) -> None:
+        if found != expected:
+            raise FormatError(f"{what} {found}, expected {expected} {unit}", path=self.path)
+
+    def _load_records_head(self) -> tuple[RecordsHead, int]:
+        """The block table and the file offset of the first block."""
+        member, offset = self.header.members[-1], int(self._offsets[-2])
+        start = offset + tar.BLOCK
+        if self._records_head is None:
+            first = self._file.read(offset, tar.BLOCK, member.name)
+            self._check_tar_header(first, member.name, member.size, offset)
+            try:
+                self._records_head = self._read_records_head(start, member.size)
+            except FormatError as error:
+                raise error.located(path=self.path, member=member.name, offset=start) from None
+        return self._records_head, start + member.size - sum(self._records_head.blocks)
+
+    def _read_records_head(self, start: int, size: int) -> RecordsHead:
+        prefix = self._file.read(start, min(PREFIX.size, size), RECORDS_NAME)
+        length = PREFIX.size + payload_length(prefix, size)
+        data, bound = self._file.read(start, length, RECORDS_NAME), max_block_bytes(self.layout)
+        head = RecordsHead.parse(data, epochs=self.epochs, pairs=self.layout.pairs, max_block=bound)
+        if length + sum(head.blocks) != size:
+            raise FormatError(f"head and blocks take {length + sum(head.blocks)} bytes, expected {size}")
+        return head
+
+    def _check_tar_header(self, block: bytes, name: str, size: int, offset: int) -> None:
+        expected = tar.header(name, size)
+        if block != expected:
+            at = next(i for i, (a, b) in enumerate(zip(block, expected, strict=True)) if a != b)
+            reason = f"tar header byte {at} is {block[at]}, expected {expected[at]}"
+            raise FormatError(reason, path=self.path, member=name, offset=offset + at)
+
+    def _check_crc(self, crc: int, member: Member, offset: int) -> None:
+        if crc != member.crc32:
+            reason = f"crc32 {crc:08x}, expected {member.crc32:08x}: the bytes are damaged"
+            raise FormatError(reason, path=self.path, member=member.name, offset=offset)
+
+    def _check_padding(self, member: str, offset: int, size: int) -> None:
+        """Check the bytes after the data of the member whose tar header is at `offset`."""
+        self._check_zeros(offset + tar.BLOCK + size, tar.padded(size) - size, member)
+
+    def _check_zeros(self, offset: int, size: int, member: str | None) -> None:
+        if any(self._file.read(offset, size, member)):
+            raise FormatError("padding is not all zeros", path=self.path, member=member, offset=offset)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)

@@ -1,0 +1,166 @@
+"""The last stage: shards, manifest, card and pictures, in a folder that takes its final name when it is whole."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from builders.card import dataset_card
+from builders.job import DISTANCES, Job
+from builders.preview import Images, Masks, preview_dataset, shown_images
+from builders.refinement import non_critical_mask
+from nrrdd_format.codebooks import quantize
+from nrrdd_format.dataset import open_dataset
+from nrrdd_format.errors import OutputError
+from nrrdd_format.files import atomic_write
+from nrrdd_format.manifest import (
+    CODEC_EXTENSIONS,
+    MANIFEST_NAME,
+    DatasetInfo,
+    ImagesInfo,
+    Manifest,
+    RecordsInfo,
+    TeacherInfo,
+)
+from nrrdd_format.records import draw_pairs, encode_epoch
+from nrrdd_format.shards import EncodedImage, ShardEntry, shard_name, write_shard
+
+ENTRY = "shard-{:05d}.json"
+
+
+def is_built(job: Job) -> bool:
+    """Whether the output folder already holds this very dataset.
+
+    Raises:
+        OutputError: something else is in the way, or its parent folder cannot be made.
+    """
+    out = job.config.out
+    if not out.exists():
+        _make_folder(out.parent)
+        return False
+    if (out / MANIFEST_NAME).is_file() and Manifest.load(out / MANIFEST_NAME).method.get("build_key") == job.key:
+        return True
+    raise OutputError(
+        f"{out}: something else is there already (another dataset, or one built from other settings); "
+        f"move it away or choose another --out"
+    )
+
+
+def assemble(job: Job, teacher_top1: float) -> None:
+    """Writes the dataset folder and gives it its final name."""
+    out = job.config.out
+    partial = out.with_name(f"{out.name}.partial-{job.key}")
+    _make_folder(partial)
+    for shard in job.ranks.share(range(len(job.shards))):
+        if not (job.writing.has(ENTRY.format(shard)) and (partial / shard_name(shard)).is_file()):
+            job.writing.save_json(ENTRY.format(shard), asdict(_write(job, shard, partial)))
+    job.ranks.meet()
+    if job.ranks.is_first:
+        _finish(job, partial, teacher_top1)
+        os.rename(partial, out)
+    job.ranks.meet()
+
+
+def _write(job: Job, shard: int, folder: Path) -> ShardEntry:
+    """Writes one shard from the encoded images and the distances of its epochs."""
+    layout = job.layout(shard)
+    indices = job.shards[shard].tolist()
+    images = [
+        EncodedImage(index=index, label=index % job.num_classes, data=data)
+        for index, data in zip(indices, job.encoded_images(shard), strict=True)
+    ]
+    blocks = []
+    for epoch in range(job.settings.records.epochs):
+        org, aug = quantize(job.relabeling.load_array(DISTANCES.format(shard, epoch)), layout.levels)
+        blocks.append(encode_epoch(draw_pairs(layout, shard, epoch), layout, org, aug))
+    extension = CODEC_EXTENSIONS[job.settings.encoding.codec]
+    path = folder / shard_name(shard)
+    return write_shard(path, shard=shard, images=images, extension=extension, blocks=blocks, layout=layout)
+
+
+def _finish(job: Job, folder: Path, teacher_top1: float) -> None:
+    """Manifest, card and pictures; removes what killed writes left."""
+    entries = [ShardEntry(**job.writing.load_json(ENTRY.format(shard))) for shard in range(len(job.shards))]
+    manifest = make_manifest(job, entries, teacher_top1)
+    manifest.save(folder / MANIFEST_NAME)
+    with atomic_write(folder / "README.md") as file:
+        file.write(dataset_card(manifest).encode())
+    _draw_pictures(job, folder)
+    for leftover in folder.glob(".*"):
+        leftover.unlink()
+
+
+def make_manifest(job: Job, entries: list[ShardEntry], teacher_top1: float) -> Manifest:
+    """The manifest; it names no local path and no time, so that the same build gives the same bytes."""
+    source, settings, records = job.source, job.settings, job.settings.records
+    return Manifest(
+        dataset=DatasetInfo(
+            name=source.name,
+            class_names=tuple(source.class_names),
+            wnids=None if source.wnids is None else tuple(source.wnids),
+            source_license=job.config.source_license,
+        ),
+        images=ImagesInfo(
+            count=len(job.labels),
+            ipc=job.config.ipc,
+            size=source.size,
+            codec=settings.encoding.codec,
+            quality=settings.encoding.quality,
+            mean=source.mean,
+            std=source.std,
+            flip=records.flip,
+        ),
+        records=RecordsInfo(
+            coding=records.coding,
+            epochs=records.epochs,
+            cycle=records.cycle,
+            mix_group=records.mix_group,
+            seed=job.config.seed,
+            mix=records.mix,
+            temperature=records.temperature,
+        ),
+        codebooks=job.codebooks,
+        teacher=TeacherInfo(
+            architecture=job.teacher.architecture, sha256=job.teacher.sha256, top1=round(teacher_top1, 4)
+        ),
+        method={"name": "NRR-DD", "build_key": job.key, "seed": job.config.seed, **asdict(settings)},
+        shards=tuple(entries),
+    )
+
+
+def _draw_pictures(job: Job, folder: Path) -> None:
+    """The contact sheet and the histogram; what only the build knows of them is kept for `nrrdd preview`."""
+    with open_dataset(folder) as dataset:
+        indices = np.array([image.index for image in shown_images(dataset)])
+    initial = job.initial_images(indices)
+    mask = _masks(job, initial, job.labels[indices])
+    job.writing.save_array("shown-indices.npy", indices)
+    job.writing.save_array("shown-initial.npy", initial)
+    job.writing.save_array("shown-mask.npy", mask)
+    numbers = indices.tolist()
+    preview_dataset(
+        folder,
+        folder,
+        initial=dict(zip(numbers, initial, strict=True)),
+        mask=dict(zip(numbers, mask, strict=True)),
+    )
+
+
+def _masks(job: Job, initial: Images, labels: NDArray[np.int64]) -> Masks:
+    targets = torch.from_numpy(labels).to(job.eyes.device)
+    mask: Masks = (
+        non_critical_mask(job.eyes, job.eyes.see(initial), targets, job.settings.refinement.epsilon).cpu().numpy()
+    )
+    return mask
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot make the folder ({error.strerror}); choose another --out") from error

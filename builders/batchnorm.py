@@ -1,0 +1,56 @@
+"""The BatchNorm loss: how far a batch's statistics lie from those the teacher was trained on (paper, Eq. 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+
+class BatchNormLoss:
+    """L_bn = Σ_l ‖μ_l(x̃) − μ_l‖₂ + ‖σ²_l(x̃) − σ²_l‖₂ over the BatchNorm layers' inputs.
+
+    SRe2L's form: norms are not squared, the variance is biased, the first layer counts `first_factor` times. Use as a
+    context manager (it hooks the layers), run one forward pass inside `recording()`, then read `loss()`.
+    """
+
+    def __init__(self, model: nn.Module, first_factor: float) -> None:
+        self._layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        self._first_factor = first_factor
+        self._recording = False
+        self._terms: list[Tensor] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> BatchNormLoss:
+        self._handles = [layer.register_forward_pre_hook(self._record) for layer in self._layers]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Measures the forward passes run inside; mixed images run outside, so they do not count."""
+        self._terms, self._recording = [], True
+        try:
+            yield
+        finally:
+            self._recording = False
+
+    def loss(self) -> Tensor:
+        """The loss (scalar) of the pass recorded last."""
+        return sum(self._terms[1:], start=self._first_factor * self._terms[0])
+
+    def _record(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not self._recording:
+            return
+        assert isinstance(layer, nn.BatchNorm2d)
+        assert layer.running_mean is not None and layer.running_var is not None
+        variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)
+        self._terms.append((mean - layer.running_mean).norm() + (variance - layer.running_var).norm())

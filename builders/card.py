@@ -1,0 +1,89 @@
+"""The dataset card: a README beside the shards that says what they are, how they were made and how to load them."""
+
+from __future__ import annotations
+
+import json
+
+from nrrdd_format.manifest import VERSION, Manifest
+
+TEMPLATE = """\
+# {name}, distilled: {ipc} images per class
+
+{count} images of {size}×{size} pixels in {classes} classes, distilled with NRR-DD, with {epochs} epochs of mixed pairs.
+For each pair two distances to the teacher stand in for its soft label (DBR).
+
+| | |
+|---|---|
+| images | {image_bytes:,} bytes, {codec} |
+| pair records | {record_bytes:,} bytes, {pairs:,} pairs, {per_pair:.2f} bytes a pair |
+| shards | {shards} |
+| teacher | {architecture}, top-1 {top1:.1%} on real images, weights SHA-256 `{sha256}` |
+| format | nrrdd {version} |
+
+## Load it
+
+```python
+from loaders import DBRLoader, DBRLoss
+
+loader, loss_function = DBRLoader("path/to/this/folder", batch_size={batch_size}), DBRLoss()
+for batch in loader:
+    loss = loss_function(model(batch.images), batch)
+```
+
+The shards are plain tar files: any WebDataset reader yields the images; the class is the number behind `c` in the key.
+
+## Provenance
+
+The images were made from the training images of **{name}**. Licence of the source, as stated by whoever built this
+dataset: **{license}**. Distilled images hold recognisable parts of source images, so the source's terms apply to them.
+
+Classes: {class_names}
+
+## How it was built
+
+The settings that determine the content, as `build-distilled` resolved them:
+
+```json
+{method}
+```
+
+## Cite
+
+```bibtex
+@inproceedings{{nrrdd2025,
+  title     = {{Enhancing Dataset Distillation via Non-Critical Region Refinement}},
+  booktitle = {{IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)}},
+  year      = {{2025}},
+  note      = {{arXiv:2503.18267}}
+}}
+```
+"""
+
+
+def dataset_card(manifest: Manifest) -> str:
+    """Writes the card's Markdown from the manifest alone."""
+    images, records, shards = manifest.images, manifest.records, manifest.shards
+    pairs = records.epochs * sum(shard.pairs_per_epoch for shard in shards)
+    record_bytes = sum(shard.record_bytes for shard in shards)
+    return TEMPLATE.format(
+        name=manifest.dataset.name,
+        ipc=images.ipc,
+        count=images.count,
+        size=images.size,
+        classes=len(manifest.dataset.class_names),
+        epochs=records.epochs,
+        image_bytes=sum(shard.bytes - shard.record_bytes for shard in shards),
+        codec=images.codec.upper() + (f" quality {images.quality}" if images.quality is not None else ""),
+        record_bytes=record_bytes,
+        pairs=pairs,
+        per_pair=record_bytes / pairs,
+        shards=len(shards),
+        architecture=manifest.teacher.architecture,
+        top1=manifest.teacher.top1,
+        sha256=manifest.teacher.sha256,
+        version=".".join(map(str, VERSION)),
+        batch_size=min(100, images.count),
+        license=manifest.dataset.source_license or "not stated",
+        class_names=", ".join(manifest.dataset.class_names),
+        method=json.dumps(manifest.method, indent=2, sort_keys=True),
+    )

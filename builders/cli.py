@@ -1,0 +1,148 @@
+"""`build-distilled`: from a labelled image dataset to a folder of distilled shards."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args
+
+from builders import config as options
+from builders.config import BuildConfig
+from nrrdd_format.errors import NrrddError
+
+EPILOG = """\
+examples:
+  build-distilled --dataset digits --ipc 10 --teacher-checkpoint digits-teacher.pt --out digits-ipc10
+      the embedded dataset, on any machine; its teacher comes from: nrrdd teacher --dataset digits --out digits-teacher.pt
+  build-distilled --dataset imagenet --ipc 200 --data-dir /data/imagenet --out imagenet-ipc200
+      ImageNet-1k with torchvision's pretrained ResNet-18 as teacher
+  torchrun --nproc-per-node 8 -m builders --dataset imagenet --ipc 200 --data-dir /data/imagenet --out imagenet-ipc200
+      the same on eight GPUs
+A build can be stopped at any moment: the same command goes on where it was.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status (2: the user's mistake, 130: interrupted)."""
+    try:
+        config = parse(arguments)
+        from builders.pipeline import build  # torch is loaded only once the options are known to be sound
+
+        build(config)
+    except NrrddError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: finished work is kept; the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(arguments: Sequence[str] | None = None) -> BuildConfig:
+    """Turns command-line arguments into a checked configuration."""
+    values = vars(make_parser().parse_args(arguments))
+    if values["out"] is None:
+        values["out"] = Path(f"{values['dataset']}-ipc{values['ipc']}")
+    if values["classes"] is not None:
+        values["classes"] = tuple(values["classes"])
+    return BuildConfig(**values)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; every option is a field of `BuildConfig`, which holds the defaults."""
+    parser = argparse.ArgumentParser(
+        prog="build-distilled",
+        description="Distil a labelled image dataset with NRR-DD and write it as nrrdd shards.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_input(parser.add_argument_group("input and output"))
+    _add_teacher(parser.add_argument_group("teacher"))
+    _add_discovery(parser.add_argument_group("stage 1: critical-based initial data discovery"))
+    _add_refinement(parser.add_argument_group("stage 2: non-critical region refinement"))
+    _add_records(parser.add_argument_group("stage 3: relabeling and storage"))
+    _add_run(parser.add_argument_group("running"))
+    parser.set_defaults(**{field.name: field.default for field in fields(BuildConfig) if _has_default(field.name)})
+    return parser
+
+
+def _has_default(name: str) -> bool:
+    return name not in ("dataset", "out", "ipc")
+
+
+def _add_input(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--dataset",
+        required=True,
+        metavar="NAME",
+        help="digits, cifar10, cifar100, imagenette, tiny-imagenet, imagenet, or imagefolder (one folder per class)",
+    )
+    group.add_argument("--ipc", type=int, required=True, metavar="N", help="images per class to distil")
+    group.add_argument("--out", type=Path, metavar="DIR", help="the dataset folder to write (NAME-ipcN)")
+    group.add_argument("--data-dir", type=Path, metavar="DIR", help="where the source images lie")
+    group.add_argument("--test-dir", type=Path, metavar="DIR", help="held-out images for the teacher's check")
+    group.add_argument("--classes", nargs="+", metavar="CLASS", help="only these classes (names or WNIDs)")
+    group.add_argument("--size", type=int, metavar="PX", help="side of the images; imagefolder only")
+    group.add_argument("--source-license", metavar="TEXT", help="licence of the source images, for the dataset card")
+
+
+def _add_teacher(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--teacher", metavar="ARCH", help="conv3, resnet18-small, …, or a torchvision name; see nrrdd teacher --help"
+    )
+    group.add_argument("--teacher-checkpoint", type=Path, metavar="FILE", help="state dict or nrrdd teacher's output")
+    group.add_argument(
+        "--min-teacher-top1",
+        type=float,
+        metavar="SHARE",
+        help="refuse a teacher below this top-1 share on real images (default: min(0.6, 20/classes))",
+    )
+
+
+def _add_discovery(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--init", choices=get_args(options.Init), help="cidd: the paper's; real: whole random training images"
+    )
+    group.add_argument("--confidence", choices=get_args(options.Confidence), help="which patches to keep (lowest)")
+    group.add_argument(
+        "--crop-score", choices=get_args(options.CropScore), help="activation in a crop: mean (default) or sum"
+    )
+    group.add_argument("--beta", type=int, metavar="N", help="patches in an image (dataset's: 4 or 1)")
+
+
+def _add_refinement(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--iterations", type=int, metavar="N", help="steps a batch (2000); 0: no refinement")
+    group.add_argument("--batch-size", type=int, metavar="N", help="images refined together (100)")
+    group.add_argument("--learning-rate", type=float, metavar="X", help="Adam's rate (0.05)")
+    group.add_argument("--schedule", choices=get_args(options.Schedule), help="of the learning rate (cosine)")
+    group.add_argument("--epsilon", type=float, metavar="X", help="threshold of the mask (0.5)")
+    group.add_argument("--alpha-bn", type=float, metavar="X", help="weight of the BatchNorm loss (0.01)")
+    group.add_argument("--alpha-lr", type=float, metavar="X", help="weight of label refinement (1); 0: off")
+    group.add_argument("--label-refinement", choices=get_args(options.LabelRefinement), help="its form (soft)")
+    group.add_argument("--jitter", action="store_true", help="SRe2L's crop, roll and flip before each step")
+
+
+def _add_records(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--epochs", type=int, metavar="N", help="epochs of pairs to store (300)")
+    group.add_argument("--mix", choices=get_args(options.Mix), help="how pairs are mixed (cutmix)")
+    group.add_argument("--view-scale", type=float, metavar="X", help="smallest share of an image in a view")
+    group.add_argument("--temperature", type=float, metavar="T", help="softmax temperature of the distances (1)")
+    group.add_argument(
+        "--records", choices=get_args(options.Coding), help="explicit (default): every field stored; derived: smaller"
+    )
+    group.add_argument("--cycle", type=int, metavar="N", help="images in a closed cycle of pairs (10)")
+    group.add_argument("--mix-group", type=int, metavar="N", help="pairs that share one mix draw (10)")
+    group.add_argument("--distance-levels", type=int, metavar="N", help="levels of a stored distance (64)")
+    group.add_argument("--image-codec", choices=get_args(options.Codec), help="png up to 64 px, else jpeg")
+    group.add_argument("--image-quality", type=int, metavar="Q", help="of JPEG and WebP (90)")
+    group.add_argument("--shard-images", type=int, metavar="N", help="images aimed at in a shard (1000)")
+
+
+def _add_run(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--seed", type=int, metavar="N", help="of every random draw (0)")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), help="auto takes a GPU where there is one")
+    group.add_argument("--threads", type=int, metavar="N", help="torch's CPU threads (results depend on them a little)")
+    group.add_argument("--work-dir", type=Path, metavar="DIR", help="results of the stages (default: OUT.work)")

@@ -1,0 +1,281 @@
+"""What a user can set for a build, and the settings each stage receives from it.
+
+`BuildConfig` holds the options as given; `plan_settings` fills what was left open from the source dataset's conventions
+and checks the whole. A stage sees only its own settings, and its results are keyed by exactly those.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from builders.sources import Source
+from nrrdd_format.errors import ConfigError
+
+Init = Literal["cidd", "real"]
+Confidence = Literal["lowest", "highest", "random"]
+CropScore = Literal["mean", "sum"]
+Schedule = Literal["cosine", "constant"]
+LabelRefinement = Literal["soft", "pair"]
+Mix = Literal["cutmix", "mixup", "both"]
+Coding = Literal["explicit", "derived"]
+Codec = Literal["jpeg", "png", "webp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscoverySettings:
+    """Critical-based initial data discovery (Stage 1)."""
+
+    ipc: int
+    beta: int
+    """Patches in one synthetic image; a square number."""
+    init: Init
+    """`cidd` is the paper's stage; `real` takes whole random training images (the paper's Table 13 and a baseline)."""
+    confidence: Confidence
+    """Which patches of the pool are kept (the paper's Table 9)."""
+    crop_score: CropScore
+    """How the activation inside a crop is judged; `sum` favours the largest crop."""
+    crops: int = 5
+    """Random crops of each image."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Share of the image's area that a crop covers."""
+    pool_factor: int = 3
+    """The pool of a class holds this many times the patches that are kept."""
+
+    @property
+    def patches(self) -> int:
+        """Patches kept for each class: β·IPC."""
+        return self.beta * self.ipc
+
+    @property
+    def images_needed(self) -> int:
+        """Training images of a class that are looked at, at most."""
+        return self.ipc if self.init == "real" else self.pool_factor * self.patches
+
+    @property
+    def images_required(self) -> int:
+        """Fewest usable images of a class with which the stage can run."""
+        return self.ipc if self.init == "real" else math.ceil(self.patches / self.crops)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinementSettings:
+    """Non-critical region refinement (Stage 2)."""
+
+    iterations: int
+    """Steps for each batch; 0 leaves the initial images as they are."""
+    learning_rate: float
+    schedule: Schedule
+    epsilon: float
+    """Threshold of the mask M = max(0, ε − C)."""
+    alpha_bn: float
+    alpha_lr: float
+    label_refinement: LabelRefinement
+    """`soft` cross-entropy against λ·y_i + (1−λ)·y_j, or `pair`: −log(p_i + p_j)."""
+    jitter: bool
+    """SRe2L's random resized crop, roll and flip before each forward pass."""
+    batch_size: int
+    mix: Mix
+    betas: tuple[float, float] = (0.5, 0.9)
+    first_bn_factor: float = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingSettings:
+    """How a refined image is stored."""
+
+    codec: Codec
+    quality: int | None
+    shard_images: int
+    """Images aimed at in a shard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordSettings:
+    """Which views and mixes are drawn, and how distances are computed and stored (Stage 3)."""
+
+    epochs: int
+    coding: Coding
+    mix: Mix
+    view_scale: tuple[float, float]
+    flip: bool
+    temperature: float
+    cycle: int
+    mix_group: int
+    distance_levels: int
+    views: int = 512
+    mixes: int = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSettings:
+    """The settings of all stages."""
+
+    discovery: DiscoverySettings
+    refinement: RefinementSettings
+    encoding: EncodingSettings
+    records: RecordSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """The options of `build-distilled`. `None` means: what suits the dataset (see `plan_settings`)."""
+
+    dataset: str
+    out: Path
+    ipc: int
+    data_dir: Path | None = None
+    test_dir: Path | None = None
+    classes: tuple[str, ...] | None = None
+    size: int | None = None
+    work_dir: Path | None = None
+    """Holds every stage's results; `<out>.work` by default."""
+    teacher: str | None = None
+    teacher_checkpoint: Path | None = None
+    min_teacher_top1: float | None = None
+    init: Init = "cidd"
+    confidence: Confidence = "lowest"
+    crop_score: CropScore = "mean"
+    beta: int | None = None
+    epsilon: float = 0.5
+    iterations: int = 2000
+    learning_rate: float = 0.05
+    schedule: Schedule = "cosine"
+    alpha_bn: float = 0.01
+    alpha_lr: float = 1.0
+    label_refinement: LabelRefinement = "soft"
+    jitter: bool = False
+    batch_size: int = 100
+    epochs: int = 300
+    records: Coding = "explicit"
+    mix: Mix = "cutmix"
+    view_scale: float | None = None
+    """Smallest share of the image's area that a view shows."""
+    temperature: float = 1.0
+    cycle: int = 10
+    mix_group: int = 10
+    distance_levels: int = 64
+    image_codec: Codec | None = None
+    image_quality: int | None = None
+    shard_images: int = 1000
+    source_license: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("--ipc", self.ipc, 1)
+        _at_least("--iterations", self.iterations, 0)
+        _at_least("--batch-size", self.batch_size, 2)
+        _at_least("--epochs", self.epochs, 1)
+        _at_least("--cycle", self.cycle, 2)
+        _at_least("--mix-group", self.mix_group, 1)
+        _at_least("--shard-images", self.shard_images, 2)
+        _at_least("--seed", self.seed, 0)
+        _between("--distance-levels", self.distance_levels, 2, 256)
+        _between("--epsilon", self.epsilon, 0, 1)
+        _positive("--learning-rate", self.learning_rate)
+        _positive("--temperature", self.temperature)
+        _at_least("--alpha-bn", self.alpha_bn, 0)
+        _at_least("--alpha-lr", self.alpha_lr, 0)
+        if self.threads is not None:
+            _at_least("--threads", self.threads, 1)
+        if self.view_scale is not None:
+            _positive("--view-scale", self.view_scale)
+            _between("--view-scale", self.view_scale, 0, 1)
+        if self.image_quality is not None:
+            _between("--image-quality", self.image_quality, 1, 100)
+        if self.image_quality is not None and self.image_codec == "png":
+            raise ConfigError("--image-quality: PNG is lossless and has no quality; leave the option out")
+
+    @property
+    def work_path(self) -> Path:
+        """The folder that holds the stages' results."""
+        return self.work_dir if self.work_dir is not None else self.out.with_name(self.out.name + ".work")
+
+
+def plan_settings(config: BuildConfig, source: Source) -> BuildSettings:
+    """Fills the open options from the dataset's conventions and checks them against it.
+
+    Raises:
+        ConfigError: an option does not fit the dataset (β no square or no divisor of the side, too few images).
+    """
+    beta = source.beta if config.beta is None else config.beta
+    _check_beta(beta, source.size)
+    if config.ipc * len(source.class_names) < 2:
+        raise ConfigError(
+            "--ipc: one image in all leaves nothing to pair; a dataset needs at least 2 images, so raise --ipc"
+        )
+    codec: Codec = config.image_codec or ("png" if source.size <= 64 else "jpeg")
+    return BuildSettings(
+        discovery=DiscoverySettings(
+            ipc=config.ipc,
+            beta=beta,
+            init=config.init,
+            confidence=config.confidence,
+            crop_score=config.crop_score,
+        ),
+        refinement=RefinementSettings(
+            iterations=config.iterations,
+            learning_rate=config.learning_rate,
+            schedule=config.schedule,
+            epsilon=config.epsilon,
+            alpha_bn=config.alpha_bn,
+            alpha_lr=config.alpha_lr,
+            label_refinement=config.label_refinement,
+            jitter=config.jitter,
+            batch_size=config.batch_size,
+            mix=config.mix,
+        ),
+        encoding=EncodingSettings(
+            codec=codec,
+            quality=None if codec == "png" else (config.image_quality or 90),
+            shard_images=config.shard_images,
+        ),
+        records=RecordSettings(
+            epochs=config.epochs,
+            coding=config.records,
+            mix=config.mix,
+            view_scale=(_smallest_view(config, beta), 1.0),
+            flip=source.flip,
+            temperature=config.temperature,
+            cycle=config.cycle,
+            mix_group=config.mix_group,
+            distance_levels=config.distance_levels,
+        ),
+    )
+
+
+def _smallest_view(config: BuildConfig, beta: int) -> float:
+    """RDED's 1/√β; for β = 1 that would be no crop at all, so 0.3 there."""
+    if config.view_scale is not None:
+        return config.view_scale
+    return 0.3 if beta == 1 else 1 / math.sqrt(beta)
+
+
+def _check_beta(beta: int, size: int) -> None:
+    side = math.isqrt(beta) if beta > 0 else 0
+    if side * side != beta or beta < 1:
+        raise ConfigError(f"--beta: found {beta}, expected a square number (1, 4, 9, …): β patches tile a square image")
+    if size % side:
+        raise ConfigError(
+            f"--beta: {beta} patches do not tile an image of {size} px evenly; choose --beta or --size so that "
+            f"√β divides the side"
+        )
+
+
+def _at_least(option: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise ConfigError(f"{option}: found {value}, expected {low} or more")
+
+
+def _between(option: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{option}: found {value}, expected a value from {low} to {high}")
+
+
+def _positive(option: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"{option}: found {value}, expected a positive number")

@@ -1,0 +1,113 @@
+"""Lists the images of a split kept as files: a folder for each class, or one folder and a list.
+
+Listings are sorted, so that they do not depend on the file system. Hidden files and files without an image's
+ending do not count; whether the others really are images shows when they are read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from builders.class_names import read_lines, some
+from builders.image_sets import FolderImages
+from builders.images import EXTENSIONS
+from nrrdd_format.errors import DataError
+
+ANNOTATIONS = "val_annotations.txt"
+"""Tiny-ImageNet's list of validation images: file name, WNID and a box on each line, separated by tabs."""
+
+
+def class_folders(split: Path) -> list[str]:
+    """The names of a split's class folders, sorted.
+
+    Raises:
+        DataError: the split cannot be read or holds no folder.
+    """
+    try:
+        with os.scandir(split) as entries:
+            folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{split}: cannot be read ({error.strerror or error})") from error
+    if not folders:
+        raise DataError(f"{split}: found no folders, expected one folder of images for each class")
+    return folders
+
+
+def list_classes(split: Path, folders: Sequence[str], size: int) -> FolderImages:
+    """The images of a split kept as class folders; images of `folders[k]`, at any depth, get label k.
+
+    Raises:
+        DataError: a class has no image; all such classes are named.
+    """
+    by_class = [list(image_names(split, folder)) for folder in folders]
+    empty = [folder for folder, names in zip(folders, by_class, strict=True) if not names]
+    if empty:
+        raise DataError(f"{split}: found no images for {some(empty)}; add images to each or remove the class")
+    return FolderImages(
+        root=split,
+        names=[name for names in by_class for name in names],
+        labels=np.repeat(np.arange(len(folders), dtype=np.int64), [len(names) for names in by_class]),
+        size=size,
+    )
+
+
+def list_test(split: Path, folders: Sequence[str], train_folders: Sequence[str], size: int) -> FolderImages:
+    """The images of a test split for the classes `folders`, labelled as in `list_classes`.
+
+    Raises:
+        DataError: a class has no image, or the split has a class that is not one of `train_folders`.
+    """
+    if (split / ANNOTATIONS).is_file():
+        return _list_annotated(split, folders, train_folders, size)
+    _refuse_unknown(split, class_folders(split), train_folders)
+    return list_classes(split, folders, size)
+
+
+def image_names(split: Path, folder: str) -> Iterator[str]:
+    """Paths, relative to the split, of all images below one of its folders, sorted."""
+    found: list[str] = []
+    top = split / folder
+    for parent, _, files in os.walk(top, onerror=_raise) if top.is_dir() else ():
+        base = Path(parent).relative_to(split)
+        found += [(base / file).as_posix() for file in files if _counts(file)]
+    yield from sorted(found)
+
+
+def _counts(file: str) -> bool:
+    return not file.startswith(".") and file.lower().endswith(EXTENSIONS)
+
+
+def _raise(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be read ({error.strerror or error})") from error
+
+
+def _list_annotated(split: Path, folders: Sequence[str], train_folders: Sequence[str], size: int) -> FolderImages:
+    labels = {folder: label for label, folder in enumerate(folders)}
+    rows = [line.split("\t") for line in read_lines(split / ANNOTATIONS)]
+    for number, row in enumerate(rows, start=1):
+        if len(row) < 2:
+            raise DataError(f"{split / ANNOTATIONS}: line {number}: expected a file name, a tab and a WNID")
+    _refuse_unknown(split, sorted({row[1] for row in rows}), train_folders)
+    kept = sorted((f"images/{row[0]}", labels[row[1]]) for row in rows if row[1] in labels)
+    missing = [folder for folder, label in labels.items() if label not in {label for _, label in kept}]
+    if missing:
+        raise DataError(f"{split / ANNOTATIONS}: found no images for {some(missing)}")
+    return FolderImages(
+        root=split,
+        names=[name for name, _ in kept],
+        labels=np.array([label for _, label in kept], dtype=np.int64),
+        size=size,
+    )
+
+
+def _refuse_unknown(split: Path, found: Sequence[str], train_folders: Sequence[str]) -> None:
+    unknown = sorted(set(found) - set(train_folders))
+    if unknown:
+        raise DataError(
+            f"{split}: found classes that the training split lacks: {some(unknown)}; "
+            f"both splits need the same class folders"
+        )

@@ -1,0 +1,186 @@
+"""The job: what one build works on, how its images are numbered, and where each stage keeps its results.
+
+Images are numbered class-interleaved: image i is the (i // C)-th of class i % C, C classes in all. Any run of
+consecutive images is therefore class-balanced: refinement batches and shards are such runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+
+from builders.cam import ClassActivation
+from builders.config import BuildConfig, BuildSettings, plan_settings
+from builders.discovery import Eyes
+from builders.ranks import Ranks
+from builders.sources import Source, load_source
+from builders.teacher import Teacher, load_teacher
+from builders.workdir import Stage
+from nrrdd_format.codebooks import Codebooks, MixTable, distance_levels, mix_codebook, view_codebook
+from nrrdd_format.records import RecordLayout
+
+# File names of finished units in the stages' folders.
+CLASS_JSON = "class-{:05d}.json"
+CLASS_ARRAY = "class-{:05d}.npy"
+BATCH_ARRAY = "batch-{:05d}.npy"
+BATCH_LOSSES = "losses-{:05d}.json"
+SHARD_BYTES = "shard-{:05d}.msgpack"
+DISTANCES = "shard-{:05d}-epoch-{:05d}.npy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that the stages share, and where each keeps its results."""
+
+    config: BuildConfig
+    source: Source
+    settings: BuildSettings
+    teacher: Teacher
+    eyes: Eyes
+    ranks: Ranks
+    codebooks: Codebooks
+    scan: Stage
+    discovery: Stage
+    refinement: Stage
+    encoding: Stage
+    relabeling: Stage
+    writing: Stage
+
+    @property
+    def key(self) -> str:
+        """Digest of all that determines the dataset's content."""
+        return self.writing.key
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.source.class_names)
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Class of every distilled image, (N,)."""
+        return np.arange(self.num_classes * self.config.ipc) % self.num_classes
+
+    @property
+    def batches(self) -> list[NDArray[np.int64]]:
+        """Images of every refinement batch; all of nearly one size, at least two images each."""
+        count = len(self.labels)
+        size = self.settings.refinement.batch_size
+        return np.array_split(np.arange(count), min(-(-count // size), count // 2))
+
+    @property
+    def shards(self) -> list[NDArray[np.int64]]:
+        """Images of every shard; all of nearly one size, at least two images each."""
+        count = len(self.labels)
+        wanted = max(1, round(count / self.settings.encoding.shard_images))
+        return np.array_split(np.arange(count), min(wanted, count // 2))
+
+    def initial_images(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Discovery's images with these numbers, (B, 3, S, S) uint8."""
+        rows = []
+        for index in indices.tolist():
+            of_class = self.discovery.load_array(CLASS_ARRAY.format(index % self.num_classes))
+            rows.append(of_class[index // self.num_classes])
+        return np.stack(rows)
+
+    def encoded_images(self, shard: int) -> list[bytes]:
+        """The stored bytes of a shard's images."""
+        data: list[bytes] = msgpack.unpackb((self.encoding.path / SHARD_BYTES.format(shard)).read_bytes())
+        return data
+
+    def layout(self, shard: int) -> RecordLayout:
+        """How the pair records of one shard are drawn and stored."""
+        records, images = self.settings.records, len(self.shards[shard])
+        return RecordLayout(
+            images=images,
+            pairs=images,
+            cycle=records.cycle,
+            mix_group=records.mix_group,
+            flip=records.flip,
+            coding=records.coding,
+            seed=self.config.seed,
+            views=self.codebooks.views,
+            mixes=MixTable.from_entries(self.codebooks.mixes, self.source.size),
+            levels=self.codebooks.distances,
+        )
+
+
+def prepare(config: BuildConfig, ranks: Ranks) -> Job:
+    """Loads source and teacher, resolves the settings and names every stage's folder."""
+    source = _load_source(config, ranks)
+    settings = plan_settings(config, source)
+    device = ranks.device(config.device)
+    teacher = load_teacher(
+        config.teacher,
+        config.teacher_checkpoint,
+        num_classes=len(source.class_names),
+        image_size=source.size,
+        device=device,
+        class_names=source.class_names,
+    )
+    eyes = Eyes(activation=ClassActivation(teacher.model, source.size), mean=source.mean, std=source.std, device=device)
+    return Job(
+        config=config,
+        source=source,
+        settings=settings,
+        teacher=teacher,
+        eyes=eyes,
+        ranks=ranks,
+        codebooks=_codebooks(config, settings, source.size),
+        **_stages(config, settings, source, teacher),
+    )
+
+
+def _load_source(config: BuildConfig, ranks: Ranks) -> Source:
+    """The first rank goes ahead: where the images have to be downloaded, one process does it."""
+    if not ranks.is_first:
+        ranks.meet()
+    source = load_source(
+        config.dataset, data_dir=config.data_dir, test_dir=config.test_dir, classes=config.classes, size=config.size
+    )
+    if ranks.is_first:
+        ranks.meet()
+    return source
+
+
+def _codebooks(config: BuildConfig, settings: BuildSettings, size: int) -> Codebooks:
+    records = settings.records
+    return Codebooks(
+        views=view_codebook(config.seed, size, records.view_scale, count=records.views),
+        mixes=tuple(mix_codebook(config.seed, size, records.mix, count=records.mixes)),
+        distances=distance_levels(records.distance_levels),
+    )
+
+
+def _stages(config: BuildConfig, settings: BuildSettings, source: Source, teacher: Teacher) -> dict[str, Stage]:
+    """The stages' folders, each keyed by its own settings and the stage before."""
+    work, seed = config.work_path, {"seed": config.seed}
+    sees = {"teacher": teacher.sha256, "mean": list(source.mean), "std": list(source.std)}
+    wanted = {"init": settings.discovery.init, "needed": settings.discovery.images_needed}
+    drawn = {
+        name: value
+        for name, value in asdict(settings.records).items()
+        if name not in ("epochs", "coding", "distance_levels")  # these decide what is stored, not what is computed
+    }
+    scan_stage = Stage(work, "scan", wanted | seed, source.train.fingerprint())
+    discovery = Stage(work, "discovery", asdict(settings.discovery) | sees | seed, scan_stage.key)
+    refinement = Stage(work, "refinement", asdict(settings.refinement) | seed, discovery.key)
+    encoding = Stage(work, "encoding", asdict(settings.encoding), refinement.key)
+    relabeling = Stage(work, "relabeling", drawn | seed, encoding.key)
+    stored = {
+        "records": asdict(settings.records),
+        "class_names": list(source.class_names),
+        "wnids": source.wnids,
+        "license": config.source_license,
+    }
+    return {
+        "scan": scan_stage,
+        "discovery": discovery,
+        "refinement": refinement,
+        "encoding": encoding,
+        "relabeling": relabeling,
+        "writing": Stage(work, "writing", stored, relabeling.key),
+    }

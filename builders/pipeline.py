@@ -1,0 +1,212 @@
+"""The build from end to end: scan, discover, refine, encode, relabel, write.
+
+Every stage is a loop over units that the configuration fixes (classes, batches, shards, epochs of a shard). A unit's
+result appears in the work folder by rename and is skipped when it is there; ranks take every world_size-th unit and
+meet after each stage. So the result depends neither on interruptions nor on the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import msgpack
+import numpy as np
+import torch
+
+from builders.assembly import assemble, is_built
+from builders.config import BuildConfig
+from builders.discovery import discover_class
+from builders.encoding import encode_image
+from builders.job import (
+    BATCH_ARRAY,
+    BATCH_LOSSES,
+    CLASS_ARRAY,
+    CLASS_JSON,
+    DISTANCES,
+    SHARD_BYTES,
+    Job,
+    prepare,
+)
+from builders.log import write_build_log
+from builders.progress import Progress
+from builders.ranks import joined_ranks
+from builders.refinement import refine_batch
+from builders.relabel import relabel_epoch
+from builders.scan import usable_images
+from builders.teacher import preflight
+from builders.workdir import Stage
+from nrrdd_format import draws
+from nrrdd_format.codebooks import MixTable
+from nrrdd_format.errors import DataError
+from nrrdd_format.replay import decode_image, stack_images
+
+Unit = TypeVar("Unit", int, tuple[int, int])
+
+
+def build(config: BuildConfig) -> Path:
+    """Builds the dataset that the configuration describes, or goes on with it; returns its folder.
+
+    Raises:
+        NrrddError: an option, the source images, the teacher or the output folder cannot be used.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    with joined_ranks() as ranks:
+        job = prepare(config, ranks)
+        if is_built(job):
+            ranks.say(f"{config.out}: already built from these settings")
+            return config.out
+        top1 = check_teacher(job)
+        usable = scan(job)
+        discover(job, usable)
+        refine(job)
+        encode(job)
+        relabel(job)
+        assemble(job, top1)
+    ranks.say(f"{config.out}: finished")
+    return config.out
+
+
+def check_teacher(job: Job) -> float:
+    """The teacher's top-1 share on real images, measured before hours are spent."""
+    images = job.source.test if job.source.test is not None else job.source.train
+    top1 = preflight(
+        job.teacher,
+        images,
+        mean=job.source.mean,
+        std=job.source.std,
+        minimum=job.config.min_teacher_top1,
+        device=job.eyes.device,
+    )
+    job.ranks.say(f"teacher {job.teacher.architecture}: top-1 {top1:.1%} on real images")
+    return top1
+
+
+def scan(job: Job) -> list[list[int]]:
+    """Finds the usable training images of every class, in the order discovery takes them.
+
+    Raises:
+        DataError: a class has too few; all such classes are named, with their counts.
+    """
+    wanted = job.settings.discovery
+    counts = np.bincount(job.source.train.labels, minlength=job.num_classes)
+    for label in _units(job, job.scan, CLASS_JSON, range(job.num_classes), "scan", "class"):
+        order = draws.permutation(job.config.seed, "discovery-order", label, count=int(counts[label]))
+        found = usable_images(job.source.train, label, needed=wanted.images_needed, order=order)
+        job.scan.save_json(CLASS_JSON.format(label), {"indices": found.indices, "bad": found.bad})
+    job.ranks.meet()
+    classes = [job.scan.load_json(CLASS_JSON.format(label)) for label in range(job.num_classes)]
+    if job.ranks.is_first:
+        write_build_log(job, [entry for found in classes for entry in found["bad"]])
+    _refuse_small_classes(job, [len(found["indices"]) for found in classes])
+    return [found["indices"] for found in classes]
+
+
+def _refuse_small_classes(job: Job, counts: Sequence[int]) -> None:
+    required = job.settings.discovery.images_required
+    small = [(job.source.class_names[label], count) for label, count in enumerate(counts) if count < required]
+    if small:
+        named = ", ".join(f"{name} ({count})" for name, count in small[:10]) + (", …" if len(small) > 10 else "")
+        raise DataError(
+            f"too few usable images in {len(small)} of {job.num_classes} classes: {named}; "
+            f"--ipc {job.config.ipc} needs {required} or more in each; lower --ipc or add images"
+        )
+
+
+def discover(job: Job, usable: list[list[int]]) -> None:
+    """Stage 1 for every class."""
+    flat_maps = 0
+    for label in _units(job, job.discovery, CLASS_ARRAY, range(job.num_classes), "discover", "class"):
+        found = discover_class(
+            job.source.train, label, usable[label], job.eyes, job.settings.discovery, job.config.seed
+        )
+        job.discovery.save_array(CLASS_ARRAY.format(label), found.images)
+        flat_maps += found.flat_maps
+    if flat_maps:
+        job.ranks.say(f"{flat_maps} images have a flat activation map: the teacher sees nothing of their class there")
+    job.ranks.meet()
+
+
+def refine(job: Job) -> None:
+    """Stage 2 for every batch."""
+    settings, batches = job.settings.refinement, job.batches
+    mixes = MixTable.from_entries(job.codebooks.mixes, job.source.size)
+    mine = _open_units(job, job.refinement, BATCH_ARRAY, range(len(batches)))
+    with Progress(len(mine) * settings.iterations, "refine", "step") as progress:
+        for batch in mine:
+            result = refine_batch(
+                job.initial_images(batches[batch]),
+                job.labels[batches[batch]],
+                job.eyes,
+                settings,
+                mixes=mixes,
+                seed=job.config.seed,
+                batch=batch,
+                on_step=lambda terms: progress.advance(1, **terms),
+            )
+            job.refinement.save_json(BATCH_LOSSES.format(batch), result.losses)
+            job.refinement.save_array(BATCH_ARRAY.format(batch), result.images)
+    job.ranks.meet()
+
+
+def encode(job: Job) -> None:
+    """Every shard's images as the bytes that will be stored: one msgpack list of byte strings a shard."""
+    firsts = np.array([batch[0] for batch in job.batches])
+    for shard in _units(job, job.encoding, SHARD_BYTES, range(len(job.shards)), "encode", "shard"):
+        data = []
+        for index in job.shards[shard].tolist():
+            batch = int(np.searchsorted(firsts, index, side="right")) - 1
+            image = job.refinement.load_array(BATCH_ARRAY.format(batch))[index - firsts[batch]]
+            data.append(encode_image(image, job.settings.encoding))
+        job.encoding.save_bytes(SHARD_BYTES.format(shard), msgpack.packb(data))
+    job.ranks.meet()
+
+
+def relabel(job: Job) -> None:
+    """Stage 3: the distances of every epoch of every shard."""
+    units = [(shard, epoch) for shard in range(len(job.shards)) for epoch in range(job.settings.records.epochs)]
+    decoded: tuple[int, torch.Tensor] | None = None
+    for shard, epoch in _units(job, job.relabeling, DISTANCES, units, "relabel", "epoch"):
+        if decoded is None or decoded[0] != shard:
+            decoded = (shard, _decode(job, shard))
+        distances = relabel_epoch(
+            decoded[1],
+            job.labels[job.shards[shard]],
+            job.layout(shard),
+            shard=shard,
+            epoch=epoch,
+            model=job.teacher.model,
+            temperature=job.settings.records.temperature,
+            mean=job.source.mean,
+            std=job.source.std,
+        )
+        job.relabeling.save_array(DISTANCES.format(shard, epoch), distances)
+    job.ranks.meet()
+
+
+def _decode(job: Job, shard: int) -> torch.Tensor:
+    """A shard's images as every reader will see them: (n, 3, S, S) uint8 on the teacher's device."""
+    images = [decode_image(data, job.source.size) for data in job.encoded_images(shard)]
+    return stack_images(images).to(job.eyes.device)
+
+
+def _open_units(job: Job, stage: Stage, name: str, units: Sequence[Unit]) -> list[Unit]:
+    """This rank's share of the units that are not finished; `name` is the pattern of a finished unit's file."""
+    return [unit for unit in job.ranks.share(units) if not stage.has(_unit_name(name, unit))]
+
+
+def _units(
+    job: Job, stage: Stage, name: str, units: Sequence[Unit], description: str, unit_word: str
+) -> Iterator[Unit]:
+    """Goes through this rank's open units under a progress bar."""
+    mine = _open_units(job, stage, name, units)
+    with Progress(len(mine), description, unit_word) as progress:
+        for unit in mine:
+            yield unit
+            progress.advance()
+
+
+def _unit_name(name: str, unit: int | tuple[int, int]) -> str:
+    return name.format(*unit) if isinstance(unit, tuple) else name.format(unit)

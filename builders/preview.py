@@ -1,0 +1,221 @@
+"""Pictures of a build: a contact sheet of its images and a histogram of its distances.
+
+Shapes: k images shown, S the side in pixels; images are uint8 RGB (k, 3, S, S), masks float32 (k, S, S).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from nrrdd_format.dataset import DistilledDataset, open_dataset
+from nrrdd_format.errors import OutputError
+from nrrdd_format.files import atomic_write
+from nrrdd_format.replay import decode_image
+
+Images = NDArray[np.uint8]
+Masks = NDArray[np.float32]
+
+CONTACT_SHEET = "contact-sheet.png"
+HISTOGRAM = "distances.png"
+COLUMNS = 10
+MOST_CLASSES = 50
+GAP = 2
+MOST_DISTANCES = 1_000_000
+SMALLEST_DRAWN = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownImage:
+    """An image of the contact sheet: its number in the dataset, its class, its shard and its place there."""
+
+    index: int
+    label: int
+    shard: int
+    position: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """Where the two pictures of a dataset were written."""
+
+    contact_sheet: Path
+    histogram: Path
+
+
+def write_contact_sheet(
+    path: Path, *, initial: Images | None, mask: Masks | None, refined: Images, class_names: Sequence[str]
+) -> None:
+    """Writes a PNG that shows every image as a column: its initial mosaic, its mask and its refined form below.
+
+    Args:
+        path: the PNG to write.
+        initial: (k, 3, S, S) uint8, or None to leave the row out.
+        mask: (k, S, S) float32, M of the paper's Eq. 4 (bright: free to change, black: kept), or None.
+        refined: (k, 3, S, S) uint8.
+        class_names: the class of each of the k images, its column's title.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    titles, rows = _rows(initial, mask, refined)
+    bands = [slice(start, start + COLUMNS) for start in range(0, len(refined), COLUMNS)]
+    width = min(COLUMNS, len(refined))
+    figure = Figure(figsize=(1.1 * width + 1.2, (1.1 * len(rows) + 0.6) * len(bands)), layout="constrained")
+    axes = figure.subplots(len(bands), squeeze=False)[:, 0]
+    for axis, band in zip(axes, bands, strict=True):
+        _draw_band(axis, [row[band] for row in rows], titles, class_names[band], width)
+    _save(figure, path)
+
+
+def write_distance_histogram(
+    path: Path, distance_org: NDArray[np.float32], distance_aug: NDArray[np.float32]
+) -> None:
+    """Writes a PNG that says how often each level of both distances occurs, in nats on a logarithmic axis.
+
+    Args:
+        path: the PNG to write.
+        distance_org: d_org = −log p[y_i] of any number of pairs, float32, on the dataset's levels.
+        distance_aug: d_aug = −log p[y_j], alike.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for name, distances in (("d_org", distance_org), ("d_aug", distance_aug)):
+        levels, counts = np.unique(np.maximum(distances, SMALLEST_DRAWN), return_counts=True)
+        label = f"{name}, median {np.median(distances):.2f}"
+        axis.plot(levels, counts / len(distances), drawstyle="steps-mid", marker=".", label=label)
+    axis.set(xscale="log", xlabel="distance −log p, nats", ylabel="share of the pairs")
+    axis.legend()
+    _save(figure, path)
+
+
+def preview_dataset(
+    dataset_path: Path,
+    out: Path,
+    *,
+    initial: Mapping[int, Images] | None = None,
+    mask: Mapping[int, Masks] | None = None,
+) -> Preview:
+    """Writes `contact-sheet.png` (the first image of every class, at most 50) and `distances.png` into `out`.
+
+    Args:
+        dataset_path: the dataset's folder.
+        out: the folder to write to, made when missing.
+        initial: the initial mosaic (3, S, S) uint8 of every image of `shown_images`, by `index`; None: no such row.
+        mask: the mask (S, S) float32 of each of them, alike.
+
+    Raises:
+        FormatError: the dataset is damaged.
+        OutputError: a picture cannot be written.
+    """
+    _make_folder(out)
+    with open_dataset(dataset_path) as dataset:
+        shown = shown_images(dataset)
+        names = dataset.manifest.dataset.class_names
+        write_contact_sheet(
+            out / CONTACT_SHEET,
+            initial=None if initial is None else np.stack([initial[image.index] for image in shown]),
+            mask=None if mask is None else np.stack([mask[image.index] for image in shown]),
+            refined=np.stack([_decode(dataset, image) for image in shown]),
+            class_names=[names[image.label] for image in shown],
+        )
+        write_distance_histogram(out / HISTOGRAM, *_distances(dataset))
+    return Preview(contact_sheet=out / CONTACT_SHEET, histogram=out / HISTOGRAM)
+
+
+def shown_images(dataset: DistilledDataset) -> list[ShownImage]:
+    """The images of the contact sheet: the first of every class, in the order of the classes, at most 50."""
+    first: dict[int, ShownImage] = {}
+    for number, shard in enumerate(dataset.shards):
+        for position, (label, index) in enumerate(zip(shard.labels.tolist(), shard.indices.tolist(), strict=True)):
+            first.setdefault(label, ShownImage(index=index, label=label, shard=number, position=position))
+    return [first[label] for label in sorted(first)[:MOST_CLASSES]]
+
+
+def _decode(dataset: DistilledDataset, image: ShownImage) -> Images:
+    """One image, (3, S, S) uint8."""
+    data = dataset.shards[image.shard].image_bytes(image.position)
+    pixels: Images = decode_image(data, dataset.manifest.images.size).numpy()
+    return pixels
+
+
+def _distances(dataset: DistilledDataset) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Both distances of the first epochs, of about a million pairs at most."""
+    org, aug, count = [], [], 0
+    for epoch in range(dataset.manifest.records.epochs):
+        for shard in dataset.shards:
+            records = shard.records(epoch)
+            org.append(records.distance_org)
+            aug.append(records.distance_aug)
+            count += len(records.distance_org)
+            if count >= MOST_DISTANCES:
+                return np.concatenate(org), np.concatenate(aug)
+    return np.concatenate(org), np.concatenate(aug)
+
+
+def _rows(initial: Images | None, mask: Masks | None, refined: Images) -> tuple[list[str], list[Images]]:
+    """Titles of the rows and their images, (k, S, S, 3) uint8 each."""
+    titles, rows = [], []
+    if initial is not None:
+        titles.append("initial")
+        rows.append(initial.transpose(0, 2, 3, 1))
+    if mask is not None:
+        titles.append("mask")
+        rows.append(_grey(mask))
+    return [*titles, "refined"], [*rows, refined.transpose(0, 2, 3, 1)]
+
+
+def _grey(mask: Masks) -> Images:
+    """Masks as grey images (k, S, S, 3) uint8, the largest value of all as white."""
+    top = float(mask.max())
+    levels = np.rint(mask * (255 / top if top > 0 else 0)).astype(np.uint8)
+    return np.repeat(levels[..., None], 3, axis=3)
+
+
+def _draw_band(axis: Axes, rows: list[Images], titles: list[str], names: Sequence[str], width: int) -> None:
+    """Draws up to `width` columns as one picture; tick labels name the columns and rows."""
+    cell = rows[0].shape[1] + GAP
+    picture = _montage(rows, width)
+    axis.imshow(picture, interpolation="nearest")
+    centres = [cell * column + cell / 2 for column in range(max(width, len(titles)))]
+    axis.set_xticks(centres[: len(names)], [_short(name) for name in names], fontsize=8)
+    axis.set_yticks(centres[: len(titles)], titles, fontsize=8)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.spines[:].set_visible(False)
+
+
+def _montage(rows: list[Images], width: int) -> Images:
+    """Lays rows of images (k, S, S, 3) out on white, `width` columns wide: (rows·(S+gap), width·(S+gap), 3) uint8."""
+    size = rows[0].shape[1]
+    cell = size + GAP
+    sheet = np.full((len(rows) * cell, width * cell, 3), 255, dtype=np.uint8)
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            top, left = row * cell, column * cell
+            sheet[top : top + size, left : left + size] = image
+    return sheet
+
+
+def _short(name: str, limit: int = 14) -> str:
+    return name if len(name) <= limit else name[: limit - 1] + "…"
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot make the folder ({error.strerror}); choose a writable --out") from error
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)

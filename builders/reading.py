@@ -1,0 +1,49 @@
+"""Reads image sets in batches, for training and testing teachers and students."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from builders.image_sets import ImageSet
+from builders.images import UnusableImage
+
+Batch = tuple[Tensor, Tensor]
+"""Images (B, 3, S, S) uint8 and their labels (B,) int64."""
+
+
+def read_usable(images: ImageSet, indices: Iterable[int]) -> Batch:
+    """Reads the images with these indices, in order, leaving out the unusable ones."""
+    pixels, labels = [], []
+    for index in indices:
+        try:
+            pixels.append(torch.from_numpy(images.read(index)))
+        except UnusableImage:
+            continue
+        labels.append(int(images.labels[index]))
+    return torch.stack(pixels) if pixels else torch.empty((0, 3, 1, 1), dtype=torch.uint8), torch.tensor(labels)
+
+
+def read_batches(images: ImageSet, batches: Sequence[NDArray[np.int64]], workers: int = 0) -> Iterator[Batch]:
+    """Reads one batch after the other, ahead of the caller in `workers` processes (0: in this one)."""
+    yield from DataLoader(_Batches(images=images, batches=batches), batch_size=None, num_workers=workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batches(Dataset[Batch]):
+    """Whole batches as the items of a dataset, so that a worker reads a batch at a time."""
+
+    images: ImageSet
+    batches: Sequence[NDArray[np.int64]]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, position: int) -> Batch:
+        return read_usable(self.images, self.batches[position].tolist())

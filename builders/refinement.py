@@ -1,0 +1,176 @@
+"""Non-critical region refinement: writes class-general features where the class activation map sees nothing critical.
+
+Every step moves the pixels x̃ of a class-mixed batch against the gradient of
+
+    L = L_ce(T(x̃), y) + α_bn·L_bn + α_lr·L_lr        (paper, Eq. 2, 3, 11 and 12)
+
+with Adam, and the mask M = max(0, ε − C) scales Adam's *step* (Eq. 4 and 5): Adam divides a constant per-pixel factor
+of the gradient away again, so a masked gradient would only switch pixels on and off.
+
+Shapes: B images, S the side, K classes; x̃ is (B, 3, S, S) float32 in the teacher's normalised space.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from builders.batchnorm import BatchNormLoss
+from builders.config import RefinementSettings
+from builders.discovery import Eyes
+from builders.label_refinement import LabelRefinementLoss
+from nrrdd_format import draws
+from nrrdd_format.codebooks import MixTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinedBatch:
+    """Result of one batch.
+
+    Attributes:
+        images: (B, 3, S, S) uint8.
+        losses: the terms of the last step, unweighted; empty without steps.
+    """
+
+    images: NDArray[np.uint8]
+    losses: dict[str, float]
+
+
+def refine_batch(
+    initial: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    eyes: Eyes,
+    settings: RefinementSettings,
+    *,
+    mixes: MixTable,
+    seed: int,
+    batch: int,
+    on_step: Callable[[dict[str, float]], None],
+) -> RefinedBatch:
+    """Refines one class-mixed batch of initial images.
+
+    Args:
+        initial: (B, 3, S, S) uint8.
+        labels: (B,) class of each image.
+        eyes: the teacher.
+        settings: the stage's settings.
+        mixes: the dataset's mix codebook: label refinement mixes as the records will.
+        seed: the build's seed.
+        batch: the batch's number, which keys its random draws.
+        on_step: called after each step with the unweighted terms of the loss.
+    """
+    pixels, targets = eyes.see(initial), torch.from_numpy(labels).to(eyes.device)
+    mask = non_critical_mask(eyes, pixels, targets, settings.epsilon)
+    objective = Objective(eyes, targets, settings, mixes, seed, batch)
+    low, high = _pixel_range(eyes)
+    adam = MaskedAdam(pixels, mask[:, None], settings)
+    terms: dict[str, Tensor] = {}
+    with objective.batchnorm:
+        for step in range(settings.iterations):
+            pixels.requires_grad_(True)
+            loss, terms = objective(pixels, step)
+            (gradient,) = torch.autograd.grad(loss, pixels)
+            pixels = adam.step(pixels.detach(), gradient, step).clamp_(low, high)
+            on_step({name: float(value) for name, value in terms.items()})
+    return RefinedBatch(
+        images=_to_uint8(pixels.detach(), eyes),
+        losses={name: float(value) for name, value in terms.items()},
+    )
+
+
+def non_critical_mask(eyes: Eyes, pixels: Tensor, targets: Tensor, epsilon: float) -> Tensor:
+    """M = max(0, ε − C), C the activation map of each image's class (Eq. 4): (B, S, S) float32; 0 keeps a pixel."""
+    cam: Tensor = eyes.activation(pixels, targets)[0]
+    return (epsilon - cam).clamp_min(0)
+
+
+class Objective:
+    """The refinement loss of one batch; its random draws are keyed by (seed, batch, step)."""
+
+    def __init__(
+        self,
+        eyes: Eyes,
+        targets: Tensor,
+        settings: RefinementSettings,
+        mixes: MixTable,
+        seed: int,
+        batch: int,
+    ) -> None:
+        self.model: nn.Module = eyes.activation.model
+        self.batchnorm = BatchNormLoss(self.model, settings.first_bn_factor)
+        self.label_refinement = LabelRefinementLoss(targets, settings.label_refinement, mixes, seed, batch)
+        self.targets = targets
+        self.settings = settings
+        self._seed, self._batch = seed, batch
+
+    def __call__(self, pixels: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted loss (scalar) and its unweighted terms."""
+        settings = self.settings
+        seen = jitter(pixels, self._seed, self._batch, step) if settings.jitter else pixels
+        with self.batchnorm.recording():
+            logits = self.model(seen)
+        terms = {"ce": F.cross_entropy(logits, self.targets), "bn": self.batchnorm.loss()}
+        loss = terms["ce"] + settings.alpha_bn * terms["bn"]
+        if settings.alpha_lr > 0:
+            terms["lr"] = self.label_refinement(self.model, seen, step)
+            loss = loss + settings.alpha_lr * terms["lr"]
+        return loss, {name: value.detach() for name, value in terms.items()}
+
+
+class MaskedAdam:
+    """Adam whose step, not its gradient, is scaled by the mask (Eq. 5)."""
+
+    def __init__(self, pixels: Tensor, mask: Tensor, settings: RefinementSettings, eps: float = 1e-8) -> None:
+        self._mean, self._square = torch.zeros_like(pixels), torch.zeros_like(pixels)
+        self._mask, self._settings, self._eps = mask, settings, eps
+
+    def learning_rate(self, step: int) -> float:
+        """η at this step: cosine from the full rate towards 0, or constant."""
+        if self._settings.schedule == "constant":
+            return self._settings.learning_rate
+        return self._settings.learning_rate * 0.5 * (1 + math.cos(math.pi * step / self._settings.iterations))
+
+    def step(self, pixels: Tensor, gradient: Tensor, step: int) -> Tensor:
+        """x̃ − M ⊙ η·m̂/(√v̂ + eps)."""
+        beta1, beta2 = self._settings.betas
+        self._mean.lerp_(gradient, 1 - beta1)
+        self._square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        mean = self._mean / (1 - beta1 ** (step + 1))
+        root = (self._square / (1 - beta2 ** (step + 1))).sqrt_().add_(self._eps)
+        return pixels - self._mask * (self.learning_rate(step) * mean / root)
+
+
+def jitter(pixels: Tensor, seed: int, batch: int, step: int) -> Tensor:
+    """SRe2L's augmentation inside the loop, one draw for the batch: random resized crop, roll and flip."""
+    size = pixels.shape[-1]
+    area, down, right, flip, roll_y, roll_x = draws.uniform(seed, "refinement-jitter", batch, step, count=6)
+    side = max(1, round(size * math.sqrt(0.08 + 0.92 * area)))
+    top, left = int(down * (size - side + 1)), int(right * (size - side + 1))
+    cut = F.interpolate(pixels[..., top : top + side, left : left + side], size, mode="bilinear")
+    if flip < 0.5:
+        cut = cut.flip(-1)
+    reach = size // 8
+    shift = (int(roll_y * (2 * reach + 1)) - reach, int(roll_x * (2 * reach + 1)) - reach)
+    return torch.roll(cut, shift, dims=(-2, -1))
+
+
+def _pixel_range(eyes: Eyes) -> tuple[Tensor, Tensor]:
+    """Black and white in normalised space, each (1, 3, 1, 1)."""
+    mean, std = _channels(eyes.mean, eyes.device), _channels(eyes.std, eyes.device)
+    return -mean / std, (1 - mean) / std
+
+
+def _to_uint8(pixels: Tensor, eyes: Eyes) -> NDArray[np.uint8]:
+    mean, std = _channels(eyes.mean, eyes.device), _channels(eyes.std, eyes.device)
+    return ((pixels * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+
+
+def _channels(values: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device, dtype=torch.float32).view(1, -1, 1, 1)

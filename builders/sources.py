@@ -1,0 +1,224 @@
+"""The source datasets by name: where their images lie, and the conventions they are distilled with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from builders.array_sources import ArraySplits, load_cifar, load_digits
+from builders.class_names import check_wnids, name_wnids, select_classes, some
+from builders.conventions import DATASETS, Colour, default_model
+from builders.folders import class_folders, image_names, list_classes, list_test
+from builders.image_sets import ImageSet
+from builders.images import UnusableImage, read_rgb
+from nrrdd_format.errors import ConfigError, DataError
+
+MIN_SIZE, MAX_SIZE = 8, 1024
+"""Bounds of `--size`: the smallest default network halves the side three times."""
+
+LARGEST_DEFAULT = 224
+"""Side beyond which an `imagefolder` is not read unless `--size` says so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A labelled image dataset, ready to be distilled.
+
+    `wnids` are WordNet identifiers of the classes, None where they have none. `test` is None where no test
+    split was found. All images are read at `size` x `size` px; `mean` and `std` normalise RGB values / 255.
+    `flip`: a mirrored image still shows its class. `beta`: patches in one synthetic image (RDED's factor).
+    """
+
+    name: str
+    class_names: list[str]
+    wnids: list[str] | None
+    train: ImageSet
+    test: ImageSet | None
+    size: int
+    mean: Colour
+    std: Colour
+    flip: bool
+    beta: int
+    default_model: str
+
+
+def load_source(
+    name: str,
+    *,
+    data_dir: Path | None,
+    test_dir: Path | None = None,
+    classes: Sequence[str] | None = None,
+    size: int | None = None,
+) -> Source:
+    """Finds a dataset's images and says how they are treated.
+
+    Args:
+        name: a key of `conventions.DATASETS`.
+        data_dir: the folder that holds the dataset; CIFAR is downloaded there if it is missing.
+        test_dir: the test split's folder, where it does not lie beside the training split.
+        classes: only these classes, by name or WNID; they keep the dataset's order, labelled 0, 1, …
+        size: side in pixels to read an `imagefolder` at. Default: the shorter side of its first usable image,
+            made even, at most 224.
+
+    Raises:
+        ConfigError: an unknown name or class, or an option that this dataset does not take.
+        DataError: the images are missing or not laid out as expected.
+    """
+    if name not in DATASETS:
+        raise ConfigError(f"--dataset: found {name!r}, expected one of {', '.join(DATASETS)}")
+    _check_size(name, size)
+    if name == "digits":
+        return _digits_source(data_dir, test_dir, classes)
+    if data_dir is None:
+        raise DataError(f"{name}: --data-dir is missing; give the folder that holds {DATASETS[name].layout}")
+    if name in ("cifar10", "cifar100") and not (data_dir / "train").is_dir():
+        return _cifar_source(name, data_dir, test_dir, classes)
+    return _folder_source(name, data_dir, test_dir, classes, size)
+
+
+def _digits_source(data_dir: Path | None, test_dir: Path | None, classes: Sequence[str] | None) -> Source:
+    for option, given in (("--data-dir", data_dir), ("--test-dir", test_dir)):
+        if given is not None:
+            raise ConfigError(f"{option}: digits comes with scikit-learn and takes no folder; leave the option out")
+    return _array_source("digits", load_digits(32), classes)
+
+
+def _cifar_source(name: str, data_dir: Path, test_dir: Path | None, classes: Sequence[str] | None) -> Source:
+    if test_dir is not None:
+        raise ConfigError(f"--test-dir: torchvision's {name} brings its own test split; leave the option out")
+    return _array_source(name, load_cifar(name, data_dir, DATASETS[name].layout, 32), classes)
+
+
+def _array_source(name: str, splits: ArraySplits, classes: Sequence[str] | None) -> Source:
+    chosen = select_classes(splits.class_names, None, classes)
+    return _source(
+        name,
+        class_names=[splits.class_names[label] for label in chosen],
+        wnids=None,
+        train=splits.train.restricted_to(chosen),
+        test=splits.test.restricted_to(chosen),
+        size=splits.train.size,
+    )
+
+
+def _folder_source(
+    name: str, data_dir: Path, test_dir: Path | None, classes: Sequence[str] | None, size: int | None
+) -> Source:
+    dataset = DATASETS[name]
+    root, train = _find_train(name, data_dir)
+    test = _find_test(name, root, test_dir)
+    folders = class_folders(train)
+    _check_classes(name, train, folders)
+    names = name_wnids(root or train, folders) if dataset.wnids else folders
+    chosen = select_classes(names, folders if dataset.wnids else None, classes)
+    kept = [folders[label] for label in chosen]
+    side = size or dataset.size or _natural_side(train, kept)
+    return _source(
+        name,
+        class_names=[names[label] for label in chosen],
+        wnids=kept if dataset.wnids else None,
+        train=list_classes(train, kept, side),
+        test=None if test is None else list_test(test, kept, folders, side),
+        size=side,
+    )
+
+
+def _source(
+    name: str,
+    *,
+    class_names: list[str],
+    wnids: list[str] | None,
+    train: ImageSet,
+    test: ImageSet | None,
+    size: int,
+) -> Source:
+    dataset = DATASETS[name]
+    return Source(
+        name=name,
+        class_names=class_names,
+        wnids=wnids,
+        train=train,
+        test=test,
+        size=size,
+        mean=dataset.mean,
+        std=dataset.std,
+        flip=dataset.flip,
+        beta=dataset.beta or (4 if size > 64 else 1),
+        default_model=default_model(size),
+    )
+
+
+def _find_train(name: str, data_dir: Path) -> tuple[Path | None, Path]:
+    """The folder around the splits (None: there is only one split) and the training split."""
+    layout = DATASETS[name].layout
+    if not data_dir.is_dir():
+        raise DataError(f"{data_dir}: no such folder; {name} expects --data-dir to hold {layout}")
+    if (data_dir / "train").is_dir():
+        return data_dir, data_dir / "train"
+    inner = DATASETS[name].inner
+    roots = sorted(root for root in data_dir.glob(inner) if (root / "train").is_dir()) if inner else []
+    if len(roots) > 1:
+        found = some([root.name for root in roots])
+        raise DataError(f"{data_dir}: found several copies of {name} ({found}); give one of them as --data-dir")
+    if roots:
+        return roots[0], roots[0] / "train"
+    if name == "imagefolder":
+        return _find_bare_train(data_dir)
+    raise DataError(f"{data_dir}: found no folder 'train'; {name} expects {layout}")
+
+
+def _find_bare_train(data_dir: Path) -> tuple[Path | None, Path]:
+    """A data folder without `train` inside: it is the training split itself, alone or beside a test split."""
+    if data_dir.resolve().name == "train":
+        return data_dir.resolve().parent, data_dir
+    tests = [split for split in ("test", "val") if (data_dir / split).is_dir()]
+    if tests:
+        raise DataError(
+            f"{data_dir}: found a folder {tests[0]!r} but no 'train'; "
+            f"imagefolder expects {DATASETS['imagefolder'].layout}"
+        )
+    return None, data_dir
+
+
+def _find_test(name: str, root: Path | None, test_dir: Path | None) -> Path | None:
+    if test_dir is not None:
+        if not test_dir.is_dir():
+            raise DataError(f"{test_dir}: no such folder; --test-dir must hold one folder of images for each class")
+        return test_dir
+    candidates = [root / split for split in DATASETS[name].tests] if root is not None else []
+    return next((split for split in candidates if split.is_dir()), None)
+
+
+def _check_classes(name: str, train: Path, folders: list[str]) -> None:
+    dataset = DATASETS[name]
+    if dataset.wnids:
+        check_wnids(train, folders)
+    if dataset.classes is not None and len(folders) != dataset.classes:
+        raise DataError(
+            f"{train}: found {len(folders)}/{dataset.classes} class folders of {name}; complete the folder, "
+            f"or use --dataset imagefolder for a part of it"
+        )
+    if len(folders) < 2:
+        raise DataError(f"{train}: found 1 class folder ({folders[0]}), expected 2 or more: {dataset.layout}")
+
+
+def _natural_side(train: Path, folders: Sequence[str]) -> int:
+    """The shorter side of the first usable image, made even so that patches can tile it, within bounds."""
+    for name in (name for folder in folders for name in image_names(train, folder)):
+        try:
+            height, width, _ = read_rgb(train / name).shape
+        except UnusableImage:
+            continue
+        side = int(min(height, width))
+        return min(max(side - side % 2, MIN_SIZE), LARGEST_DEFAULT)
+    raise DataError(f"{train}: found no usable image in the folders {some(folders)}")
+
+
+def _check_size(name: str, size: int | None) -> None:
+    if size is None:
+        return
+    if name != "imagefolder":
+        raise ConfigError(f"--size: {name} is read at its own size; use --dataset imagefolder to choose another")
+    if not MIN_SIZE <= size <= MAX_SIZE:
+        raise ConfigError(f"--size: found {size}, expected {MIN_SIZE} to {MAX_SIZE} pixels")

@@ -1,0 +1,276 @@
+"""Teacher networks: checkpoints, and the check on real images before hours are spent on a build."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError  # what torch.load(weights_only=True) raises when it refuses a file
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from builders.image_sets import ImageSet
+from builders.models import IMAGENET_CLASSES, create_model
+from builders.reading import read_batches
+from nrrdd_format import draws
+from nrrdd_format.errors import TeacherError
+from nrrdd_format.files import atomic_write
+from nrrdd_format.replay import normalize
+
+PREFLIGHT_IMAGES = 1000
+TEST_BATCH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A network in eval mode whose weights need no gradient; `sha256` is `state_dict_sha256` of its weights."""
+
+    model: nn.Module
+    architecture: str
+    num_classes: int
+    sha256: str
+
+
+def state_dict_sha256(state_dict: Mapping[str, Tensor]) -> str:
+    """Hex SHA-256 over name, dtype, shape and bytes of every tensor, in the order of the names.
+
+    It identifies the weights whatever file, device or memory format they come from.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: Path, model: nn.Module, architecture: str, class_names: Sequence[str]) -> None:
+    """Writes a teacher as one file that `load_teacher` and `torch.load(weights_only=True)` read.
+
+    Raises:
+        OutputError: the file cannot be written; an older one at `path` stays as it was.
+    """
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with atomic_write(path) as file:
+        torch.save({"architecture": architecture, "class_names": list(class_names), "state_dict": weights}, file)
+
+
+def load_weights_only(path: Path) -> dict[str, Any]:
+    """Reads a file of `torch.save` that holds a dictionary of tensors and plain values; runs no code from it.
+
+    Raises:
+        TeacherError: the file is missing, damaged, or holds other objects.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise TeacherError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise TeacherError(
+            f"{path}: no file that torch.load(weights_only=True) reads; "
+            "save the model's state_dict alone, with torch.save(model.state_dict(), path)"
+        ) from error
+    if not isinstance(content, dict):
+        raise TeacherError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")
+    return content
+
+
+@torch.no_grad()
+def measure_top1(
+    model: nn.Module,
+    images: ImageSet,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    device: torch.device | str,
+    limit: int | None = None,
+) -> float:
+    """Share of the usable images whose label has the highest logit. Leaves the model in the mode it was in.
+
+    Args:
+        model: a classifier on `device`.
+        images: labelled images.
+        mean, std: of a pixel's value / 255, one per channel.
+        device: where to compute.
+        limit: test only this many images, drawn over the whole set.
+
+    Raises:
+        TeacherError: there is no usable image.
+    """
+    order = draws.permutation(0, "top1-images", count=len(images))[:limit]
+    was_training = model.training
+    model.eval()
+    right = seen = 0
+    for pixels, labels in read_batches(images, _split(np.sort(order), TEST_BATCH)):
+        if len(labels):
+            logits = model(normalize(pixels.to(device), mean, std))
+            right += int((logits.argmax(1).cpu() == labels).sum())
+            seen += len(labels)
+    model.train(was_training)
+    if not seen:
+        raise TeacherError("no usable image to test the network on; give a folder of test images with --test-dir")
+    return right / seen
+
+
+def _split(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    return np.array_split(order, max(1, math.ceil(len(order) / size)))
+
+
+def preflight(
+    teacher: Teacher,
+    images: ImageSet,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    minimum: float | None = None,
+    device: torch.device | str,
+) -> float:
+    """Tests a teacher on up to 1000 real images; returns its top-1 share.
+
+    Args:
+        teacher: the teacher, on `device`.
+        images: labelled real images, best those held out from its training.
+        mean, std: of a pixel's value / 255, one per channel.
+        minimum: the smallest share that is accepted. Default: min(0.6, 20 / number of classes).
+        device: where to compute.
+
+    Raises:
+        TeacherError: the share is below `minimum`, or no image is usable.
+    """
+    floor = min(0.6, 20 / teacher.num_classes) if minimum is None else minimum
+    top1 = measure_top1(teacher.model, images, mean, std, device=device, limit=PREFLIGHT_IMAGES)
+    if top1 < floor:
+        raise TeacherError(
+            f"teacher {teacher.architecture}: top-1 {top1:.1%} on real images, expected {floor:.1%} or more; "
+            "the usual cause is that its classes stand in another order than the source's; "
+            "check that order, or accept the teacher as it is with --min-teacher-top1"
+        )
+    return top1
+
+
+def load_teacher(
+    architecture: str | None,
+    checkpoint: Path | None,
+    *,
+    num_classes: int,
+    image_size: int,
+    device: torch.device | str,
+    class_names: Sequence[str],
+) -> Teacher:
+    """Loads a teacher, in eval mode and without gradients, channels last, on `device`.
+
+    Args:
+        architecture: see `builders.models.create_model`; may be None where the checkpoint names it, or with no
+            checkpoint at 1000 classes (then torchvision's pretrained resnet18).
+        checkpoint: a file by `save_checkpoint`, or a plain state dict; None: torchvision's pretrained weights.
+        num_classes: classes of the source.
+        image_size: side of the images in pixels.
+        device: where the teacher will run.
+        class_names: the source's classes in order. A checkpoint with other names, or another order, is refused.
+
+    Raises:
+        TeacherError: the checkpoint cannot be read or does not fit, or pretrained weights cannot be downloaded.
+        ConfigError: the architecture is unknown or does not fit.
+    """
+    if checkpoint is None:
+        architecture = architecture or _default_architecture(num_classes)
+        model = create_model(architecture, num_classes, image_size, pretrained=True)
+    else:
+        content = load_weights_only(checkpoint)
+        architecture = _named_architecture(content, architecture, checkpoint)
+        _check_class_names(content, class_names, checkpoint)
+        model = create_model(architecture, num_classes, image_size)
+        _load_weights(model, content, architecture, checkpoint)
+    model = model.eval().requires_grad_(False)
+    return Teacher(
+        model=model.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
+        architecture=architecture,
+        num_classes=num_classes,
+        sha256=state_dict_sha256(model.state_dict()),
+    )
+
+
+def _default_architecture(num_classes: int) -> str:
+    if num_classes == IMAGENET_CLASSES:
+        return "resnet18"
+    raise TeacherError(
+        f"no teacher for {num_classes} classes; train one with `nrrdd teacher` and give it with --teacher-checkpoint"
+    )
+
+
+def _named_architecture(content: Mapping[str, Any], wanted: str | None, path: Path) -> str:
+    """The architecture that the checkpoint or the user names; both must agree."""
+    named = content.get("architecture")
+    if not isinstance(named, str):
+        if wanted is None:
+            raise TeacherError(f"{path}: does not name its architecture; say it with --teacher")
+        return wanted
+    if wanted not in (None, named):
+        raise TeacherError(f"{path}: holds a {named}, expected {wanted}; leave out --teacher or give its checkpoint")
+    return named
+
+
+def _check_class_names(content: Mapping[str, Any], expected: Sequence[str], path: Path) -> None:
+    found = content.get("class_names")
+    if found is None:  # a plain state dict; the preflight must do
+        return
+    if not isinstance(found, list) or len(found) != len(expected):
+        count = len(found) if isinstance(found, list) else "unreadable"
+        raise TeacherError(
+            f"{path}: teacher of {count} classes, expected the source's {len(expected)}; train one on this source"
+        )
+    for number, (theirs, ours) in enumerate(zip(found, expected, strict=True)):
+        if theirs != ours:
+            raise TeacherError(
+                f"{path}: class {number} of the teacher is {theirs!r}, expected {ours!r} as in the source; "
+                "train a teacher on this source, or bring its classes into the same order"
+            )
+
+
+def _load_weights(model: nn.Module, content: dict[str, Any], architecture: str, path: Path) -> None:
+    """Loads a checkpoint's weights into `model`, after checking that names, shapes and values are sound."""
+    weights = content.get("state_dict", content)
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise TeacherError(f"{path}: holds no state dict; save it with torch.save(model.state_dict(), path)")
+    expected = model.state_dict()
+    _rename(weights)
+    for name in [name for name in weights if name not in expected and _AUXILIARY.match(name)]:
+        del weights[name]
+    fault = _first_fault(weights, expected)
+    if fault:
+        raise TeacherError(f"{path}: no {architecture} for these classes and images: {fault}; check --teacher")
+    model.load_state_dict(weights)
+
+
+_AUXILIARY = re.compile(r"aux1\.|aux2\.|AuxLogits\.")
+"""Training-only heads in torchvision's files for googlenet and inception_v3."""
+_OLD_DENSENET = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12])\.")
+"""Names in torchvision's files for densenet, from before module names could not hold a dot."""
+
+
+def _rename(weights: dict[str, Tensor]) -> None:
+    """Gives torchvision's and DistributedDataParallel's names the form that the model has, in place.
+
+    In place, since a state dict carries version numbers that a new dictionary would lose.
+    """
+    for name in list(weights):
+        weights[_OLD_DENSENET.sub(r"\1\2.", name.removeprefix("module."))] = weights.pop(name)
+
+
+def _first_fault(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+    """The first way in which the weights do not fit, in words."""
+    for name in expected:
+        if name not in found:
+            return f"{name} is missing"
+        if found[name].shape != expected[name].shape:
+            return f"{name} has shape {list(found[name].shape)}, expected {list(expected[name].shape)}"
+        if not bool(found[name].isfinite().all()):
+            return f"{name} holds values that are not finite"
+    return next((f"{name} is not part of it" for name in found if name not in expected), None)

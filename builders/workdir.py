@@ -1,0 +1,74 @@
+"""The work folder: every result of every stage, each appearing by rename, so that a build can stop at any moment.
+
+A stage's results lie in `<work>/<stage>-<key>/`. The key is a digest of all that determines them: the stage's settings
+and the key of the stage before. So a changed option starts only the stages it touches, and two builds that share their
+first stages may share one work folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nrrdd_format.errors import OutputError
+from nrrdd_format.files import atomic_write
+
+KEY_DIGITS = 16
+
+
+def stage_key(name: str, settings: Mapping[str, Any], upstream: str) -> str:
+    """Digest of a stage's name, its settings (JSON values) and the key of what it builds on."""
+    text = json.dumps([name, settings, upstream], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
+
+
+class Stage:
+    """One stage's folder of finished units.
+
+    Attributes:
+        key: what determines the results; the next stage's key builds on it.
+        path: the folder, made when missing.
+    """
+
+    def __init__(self, work: Path, name: str, settings: Mapping[str, Any], upstream: str) -> None:
+        self.key = stage_key(name, settings, upstream)
+        self.path = work / f"{name}-{self.key}"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"{self.path}: cannot make the stage's folder ({error.strerror}); choose a writable --work-dir"
+            ) from error
+
+    def has(self, unit: str) -> bool:
+        """Whether the unit is finished; a file under its final name is always whole."""
+        return (self.path / unit).is_file()
+
+    def save_array(self, unit: str, array: NDArray[Any]) -> None:
+        """Stores an array as `.npy` under the unit's name."""
+        with atomic_write(self.path / unit) as file:
+            np.save(file, array, allow_pickle=False)
+
+    def save_bytes(self, unit: str, data: bytes) -> None:
+        """Stores bytes under the unit's name."""
+        with atomic_write(self.path / unit) as file:
+            file.write(data)
+
+    def load_array(self, unit: str) -> NDArray[Any]:
+        """Opens a finished unit's array; its pages are read only where they are used."""
+        array: NDArray[Any] = np.load(self.path / unit, mmap_mode="r", allow_pickle=False)
+        return array
+
+    def save_json(self, unit: str, value: Any) -> None:
+        """Stores a JSON value under the unit's name."""
+        self.save_bytes(unit, json.dumps(value, indent=1, sort_keys=True).encode() + b"\n")
+
+    def load_json(self, unit: str) -> Any:
+        """Reads a finished JSON unit."""
+        return json.loads((self.path / unit).read_bytes())

@@ -1,0 +1,320 @@
+"""The build through its real command line: result, kill and resume, ranks, users' mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders.cam import ClassActivation
+from PIL import Image
+
+from builders.config import BuildConfig
+from builders.job import Job, prepare
+from builders.models import create_model
+from builders.pipeline import build
+from builders.ranks import Ranks
+from builders.teacher import save_checkpoint
+from nrrdd_format.dataset import open_dataset
+from nrrdd_format.errors import ConfigError, DataError, OutputError
+from nrrdd_format.replay import decode_image, plan_batch, replay, stack_images
+from nrrdd_format.verify import verify_dataset
+
+SIZE = 16
+CLASSES = ("ape", "bee", "cat")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve generated images in each of three classes, and an untrained teacher."""
+    root = tmp_path_factory.mktemp("source")
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(CLASSES):
+        (root / "train" / name).mkdir(parents=True)
+        for number in range(12):
+            noise = rng.integers(0, 120, (SIZE, SIZE, 3), np.uint8)
+            noise[..., label] += 120
+            Image.fromarray(noise).save(root / "train" / name / f"{number:02d}.png")
+    torch.manual_seed(0)
+    save_checkpoint(root / "teacher.pt", create_model("conv2-w8", 3, SIZE), "conv2-w8", CLASSES)
+    return root
+
+
+def _config(source: Path, out: Path, **changes: object) -> BuildConfig:
+    base = BuildConfig(
+        dataset="imagefolder",
+        data_dir=source / "train",
+        out=out,
+        ipc=2,
+        size=SIZE,
+        teacher_checkpoint=source / "teacher.pt",
+        min_teacher_top1=0.0,
+        iterations=3,
+        batch_size=3,
+        epochs=4,
+        shard_images=3,
+        cycle=2,
+        mix_group=2,
+        threads=1,
+        device="cpu",
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def _options(source: Path, out: Path) -> list[str]:
+    """The command line of `_config`."""
+    return (
+        f"--dataset imagefolder --data-dir {source}/train --out {out} --ipc 2 --size {SIZE} --iterations 3 "
+        f"--batch-size 3 --epochs 4 --shard-images 3 --cycle 2 --mix-group 2 --threads 1 --device cpu "
+        f"--teacher-checkpoint {source}/teacher.pt --min-teacher-top1 0"
+    ).split()
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=240, check=False)
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture(scope="module")
+def reference(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset, built once through the command line without interruption."""
+    out = tmp_path_factory.mktemp("reference") / "distilled"
+    result = _run("-m", "builders", *_options(source, out))
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def test_a_build_leaves_a_sound_dataset_with_card_and_pictures(reference: Path) -> None:
+    assert verify_dataset(reference) == []
+    names = {path.name for path in reference.iterdir()}
+    expected = {"dataset.json", "README.md", "contact-sheet.png", "distances.png", "shard-00000.tar", "shard-00001.tar"}
+    assert names == expected
+    manifest = open_dataset(reference).manifest
+    assert manifest.dataset.class_names == CLASSES
+    assert (manifest.images.count, manifest.images.ipc, manifest.records.epochs) == (6, 2, 4)
+    assert manifest.method["refinement"]["iterations"] == 3
+    card = (reference / "README.md").read_text()
+    assert "DBRLoader" in card and "not stated" in card and "2503.18267" in card
+
+
+def test_shards_are_class_balanced(reference: Path) -> None:
+    with open_dataset(reference) as dataset:
+        for shard in dataset.shards:
+            assert sorted(shard.labels.tolist()) == [0, 1, 2]
+
+
+def test_stored_distances_are_the_teachers_on_what_a_student_will_see(source: Path, reference: Path) -> None:
+    """Decodes, replays and asks the teacher anew: the stored level is the nearest to what it says."""
+    content = torch.load(source / "teacher.pt", weights_only=True)
+    model = create_model("conv2-w8", 3, SIZE)
+    model.load_state_dict(content["state_dict"])
+    with open_dataset(reference) as dataset, torch.no_grad():
+        manifest = dataset.manifest
+        levels = manifest.codebooks.distances.astype(np.float64)
+        for shard in dataset.shards:
+            images = stack_images([decode_image(shard.image_bytes(i), SIZE) for i in range(shard.images)])
+            for epoch in range(4):
+                records = shard.records(epoch)
+                plan = plan_batch([(0, records)])
+                seen = plan.with_images(images[torch.from_numpy(plan.image)])
+                mixed = replay(seen, mean=manifest.images.mean, std=manifest.images.std)
+                log_p = model.eval()(mixed).log_softmax(1).numpy()
+                row = np.arange(len(records))
+                for index, stored in (
+                    (records.index_org, records.distance_org),
+                    (records.index_aug, records.distance_aug),
+                ):
+                    exact = -log_p[row, shard.labels[index]]
+                    nearest = levels[np.abs(np.log(levels)[:, None] - np.log(exact)).argmin(0)]
+                    np.testing.assert_allclose(stored, nearest, rtol=1e-6)
+
+
+def test_the_log_says_what_was_resolved(reference: Path) -> None:
+    (log,) = (reference.parent / "distilled.work").glob("build-*.json")
+    content = json.loads(log.read_text())
+    assert content["options"]["ipc"] == 2
+    assert content["settings"]["discovery"]["beta"] == 1
+    assert content["skipped_images"] == []
+
+
+def test_building_again_says_so_and_changes_nothing(source: Path, reference: Path) -> None:
+    before = _content(reference)
+    result = _run("-m", "builders", *_options(source, reference))
+    assert result.returncode == 0 and "already built" in result.stderr
+    assert _content(reference) == before
+
+
+@pytest.mark.parametrize("files", [2, 5, 8, 11, 15, 18])
+def test_killed_and_resumed_gives_the_same_bytes(source: Path, reference: Path, tmp_path: Path, files: int) -> None:
+    """SIGKILL once so many files stand in the work folder, which falls into every stage; then the same command."""
+    out = tmp_path / "distilled"
+    work = tmp_path / "distilled.work"
+    command = [sys.executable, "-m", "builders", *_options(source, out)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and sum(path.is_file() for path in work.rglob("*")) < files:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+    assert not (out.exists() and verify_dataset(out)), "a half-written dataset has the final name"
+    result = _run("-m", "builders", *_options(source, out))
+    assert result.returncode == 0, result.stderr
+    assert _content(out) == _content(reference)
+
+
+def test_two_ranks_give_the_same_bytes(source: Path, reference: Path, tmp_path: Path) -> None:
+    out = tmp_path / "distilled"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "builders"]
+    result = _run(*torchrun, *_options(source, out))
+    assert result.returncode == 0, result.stderr
+    assert _content(out) == _content(reference)
+
+
+def test_derived_records_give_the_same_pairs_in_fewer_bytes(source: Path, reference: Path, tmp_path: Path) -> None:
+    out = build(_config(source, tmp_path / "derived", records="derived"))
+    assert verify_dataset(out) == []
+    with open_dataset(out) as derived, open_dataset(reference) as explicit:
+        for a, b in zip(derived.shards, explicit.shards, strict=True):
+            for epoch in range(4):
+                for name, column in vars(a.records(epoch)).items():
+                    np.testing.assert_array_equal(column, getattr(b.records(epoch), name), err_msg=name)
+        sizes = [sum(s.record_bytes for s in d.manifest.shards) for d in (derived, explicit)]
+    assert sizes[0] < sizes[1]
+
+
+def test_more_epochs_keep_all_finished_work(source: Path, tmp_path: Path) -> None:
+    """Only the new epochs are relabeled: files of earlier stages and epochs are not written again."""
+    work = tmp_path / "work"
+    build(_config(source, tmp_path / "few", epochs=2, work_dir=work))
+    before = {path: path.stat().st_mtime_ns for path in work.rglob("*.npy")}
+    build(_config(source, tmp_path / "more", epochs=4, work_dir=work))
+    after = {path: path.stat().st_mtime_ns for path in work.rglob("*.npy")}
+    assert before.items() <= after.items()
+    with open_dataset(tmp_path / "more") as dataset:
+        assert dataset.manifest.records.epochs == 4
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "webp", "png"])
+def test_every_codec(source: Path, tmp_path: Path, codec: str) -> None:
+    out = build(_config(source, tmp_path / codec, image_codec=codec, epochs=1, iterations=0))
+    assert verify_dataset(out) == []
+    with open_dataset(out) as dataset:
+        assert dataset.manifest.images.codec == codec
+
+
+def test_beta_tiles_and_real_initialisation(source: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    tiled = build(_config(source, tmp_path / "tiled", beta=4, epochs=1, iterations=1, work_dir=work))
+    real = build(_config(source, tmp_path / "real", init="real", epochs=1, iterations=0, work_dir=work))
+    assert verify_dataset(tiled) == verify_dataset(real) == []
+    originals = {np.asarray(Image.open(path)).tobytes() for path in (source / "train").rglob("*.png")}
+    with open_dataset(real) as dataset:
+        for shard in dataset.shards:
+            for image in range(shard.images):
+                pixels = decode_image(shard.image_bytes(image), SIZE).permute(1, 2, 0).contiguous().numpy()
+                assert pixels.tobytes() in originals
+
+
+def test_broken_images_are_skipped_and_listed(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    for name in CLASSES:
+        (folder / name).mkdir(parents=True)
+        for path in sorted((source / "train" / name).iterdir())[:4]:
+            (folder / name / path.name).write_bytes(path.read_bytes())
+    whole = (folder / "ape" / "00.png").read_bytes()
+    (folder / "ape" / "truncated.png").write_bytes(whole[:100])
+    (folder / "bee" / "text.jpg").write_text("not an image")
+    (folder / "cat" / "empty.png").touch()
+    out = build(_config(source, tmp_path / "out", data_dir=folder))
+    assert verify_dataset(out) == []
+    (log,) = (tmp_path / "out.work").glob("build-*.json")
+    skipped = {Path(entry["image"]).name for entry in json.loads(log.read_text())["skipped_images"]}
+    assert skipped == {"truncated.png", "text.jpg", "empty.png"}
+
+
+def test_a_class_with_too_few_images_is_named_before_any_work(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    for name in CLASSES:
+        (folder / name).mkdir(parents=True)
+        keep = 1 if name == "bee" else 6
+        for path in sorted((source / "train" / name).iterdir())[:keep]:
+            (folder / name / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match=r"1 of 3 classes: bee \(1\).*needs 2 or more"):
+        build(_config(source, tmp_path / "out", data_dir=folder, ipc=10))
+    assert not list((tmp_path / "out.work").rglob("*.npy"))
+
+
+def test_output_of_something_else_in_the_way_is_left_alone(source: Path, reference: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("precious")
+    with pytest.raises(OutputError, match="something else is there"):
+        build(_config(source, other))
+    assert (other / "thesis.txt").read_text() == "precious"
+    before = _content(reference)
+    with pytest.raises(OutputError, match="something else is there"):
+        build(_config(source, reference, seed=1))
+    assert _content(reference) == before
+
+
+def test_imagenet_without_data_says_in_one_line_what_is_missing(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "builders", "--dataset", "imagenet", "--ipc", "200"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ") and "--data-dir" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ipc": 0}, "--ipc: found 0"),
+        ({"epsilon": 1.5}, "--epsilon: found 1.5"),
+        ({"epochs": 0}, "--epochs: found 0"),
+        ({"batch_size": 1}, "--batch-size: found 1"),
+        ({"cycle": 1}, "--cycle: found 1"),
+        ({"distance_levels": 300}, "--distance-levels: found 300"),
+        ({"learning_rate": float("nan")}, "--learning-rate: found nan"),
+        ({"view_scale": 0.0}, "--view-scale: found 0"),
+        ({"image_codec": "png", "image_quality": 90}, "--image-quality: PNG is lossless"),
+    ],
+)
+def test_impossible_options_are_named(source: Path, tmp_path: Path, change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _config(source, tmp_path / "out", **change)
+
+
+@pytest.mark.parametrize(("beta", "message"), [(3, "expected a square number"), (9, "do not tile an image of 16 px")])
+def test_a_beta_that_does_not_tile_is_refused(source: Path, tmp_path: Path, beta: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(_config(source, tmp_path / "out", beta=beta))
+
+
+def test_batches_and_shards_are_even_and_never_of_one_image(source: Path, tmp_path: Path) -> None:
+    ranks = Ranks(rank=0, world_size=1, local_rank=0)
+
+    def job(**changes: object) -> Job:
+        return prepare(_config(source, tmp_path / "out", work_dir=tmp_path / "work", **changes), ranks)
+
+    assert [len(batch) for batch in job(ipc=1, batch_size=2).batches] == [3]
+    assert [len(batch) for batch in job(ipc=3, batch_size=4).batches] == [3, 3, 3]
+    assert [len(shard) for shard in job(ipc=1, shard_images=2).shards] == [3]
+    assert [len(shard) for shard in job(ipc=4, shard_images=6).shards] == [6, 6]
+    assert isinstance(job().eyes.activation, ClassActivation)

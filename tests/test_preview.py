@@ -1,0 +1,125 @@
+"""The pictures of a build: what they hold, and that they appear for every kind of dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from make_dataset import make_tiny_dataset
+from PIL import Image
+
+from builders import preview
+from builders.preview import (
+    CONTACT_SHEET,
+    GAP,
+    HISTOGRAM,
+    preview_dataset,
+    shown_images,
+    write_contact_sheet,
+    write_distance_histogram,
+)
+from nrrdd_format.dataset import open_dataset
+from nrrdd_format.errors import FormatError, OutputError
+
+SIZE = 8
+WHITE = 255
+
+
+def _images(count: int, value: int) -> preview.Images:
+    return np.full((count, 3, SIZE, SIZE), value, np.uint8)
+
+
+def _pixels(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        image.load()
+        return image.size
+
+
+def test_the_montage_holds_every_pixel_in_its_row_and_column() -> None:
+    first, second = np.zeros((2, SIZE, SIZE, 3), np.uint8), np.ones((2, SIZE, SIZE, 3), np.uint8)
+    second[1] = 2
+    sheet = preview._montage([first, second], 3)
+    cell = SIZE + GAP
+    assert sheet.shape == (2 * cell, 3 * cell, 3)
+    assert (sheet[:SIZE, :SIZE] == 0).all()
+    assert (sheet[cell : cell + SIZE, :SIZE] == 1).all()
+    assert (sheet[cell : cell + SIZE, cell : cell + SIZE] == 2).all()
+    assert (sheet[:, 2 * cell :] == WHITE).all()
+
+
+def test_masks_are_drawn_with_the_largest_value_white_and_a_zero_mask_black() -> None:
+    mask = np.zeros((2, SIZE, SIZE), np.float32)
+    assert (preview._grey(mask) == 0).all()
+    mask[1, 0, 0] = 0.5
+    grey = preview._grey(mask)
+    assert (grey[1, 0, 0] == WHITE).all() and grey.sum() == 3 * WHITE
+
+
+@pytest.mark.parametrize("count", [1, 10, 11])
+def test_a_contact_sheet_is_a_png_that_grows_by_bands_and_rows(tmp_path: Path, count: int) -> None:
+    names = [f"a class with a long name {k}" for k in range(count)]
+    refined, mask = _images(count, 9), np.zeros((count, SIZE, SIZE), np.float32)
+    path, full = tmp_path / "sheet.png", tmp_path / "full.png"
+    write_contact_sheet(path, initial=None, mask=None, refined=refined, class_names=names)
+    write_contact_sheet(full, initial=refined, mask=mask, refined=refined, class_names=names)
+    assert _pixels(full)[1] > _pixels(path)[1]
+    assert _pixels(full)[0] == _pixels(path)[0]
+
+
+@pytest.mark.parametrize("distances", [[0.0, 0.5, 16.0], [0.0, 0.0], [2.0]])
+def test_histograms_take_zero_and_equal_distances(tmp_path: Path, distances: list[float]) -> None:
+    path = tmp_path / "histogram.png"
+    write_distance_histogram(path, np.array(distances, np.float32), np.array(distances, np.float32))
+    assert min(_pixels(path)) > 100
+
+
+def test_the_first_image_of_every_class_is_shown_in_the_order_of_the_classes(tmp_path: Path) -> None:
+    path = make_tiny_dataset(tmp_path / "data", classes=5, ipc=2, shards=3)
+    with open_dataset(path) as dataset:
+        shown = shown_images(dataset)
+    assert [image.label for image in shown] == [0, 1, 2, 3, 4]
+    assert [image.index for image in shown] == [0, 1, 2, 3, 4]
+    assert [image.shard for image in shown] == sorted(image.shard for image in shown)
+
+
+def test_at_most_fifty_classes_are_shown(tmp_path: Path) -> None:
+    path = make_tiny_dataset(tmp_path / "data", classes=53, ipc=1, epochs=1)
+    with open_dataset(path) as dataset:
+        assert len(shown_images(dataset)) == preview.MOST_CLASSES
+
+
+def test_a_dataset_is_previewed_with_and_without_what_only_the_build_knows(tmp_path: Path) -> None:
+    path = make_tiny_dataset(tmp_path / "data", size=SIZE)
+    plain = preview_dataset(path, tmp_path / "plain")
+    images, masks = dict(enumerate(_images(12, 7))), dict.fromkeys(range(12), np.zeros((SIZE, SIZE), np.float32))
+    full = preview_dataset(path, tmp_path / "a" / "full", initial=images, mask=masks)
+    assert plain.contact_sheet == tmp_path / "plain" / CONTACT_SHEET
+    assert plain.histogram == tmp_path / "plain" / HISTOGRAM
+    assert _pixels(full.contact_sheet)[1] > _pixels(plain.contact_sheet)[1]
+    assert {item.name for item in (tmp_path / "plain").iterdir()} == {CONTACT_SHEET, HISTOGRAM}
+
+
+def test_distances_of_a_large_dataset_are_taken_from_its_first_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_tiny_dataset(tmp_path / "data", classes=2, ipc=3, shards=1, epochs=5)
+    monkeypatch.setattr(preview, "MOST_DISTANCES", 7)
+    with open_dataset(path) as dataset:
+        org, aug = preview._distances(dataset)
+    assert len(org) == len(aug) == 12
+
+
+def test_a_damaged_dataset_is_refused(tmp_path: Path) -> None:
+    path = make_tiny_dataset(tmp_path / "data")
+    shard = path / "shard-00000.tar"
+    shard.write_bytes(shard.read_bytes()[:2000])
+    with pytest.raises(FormatError, match=r"shard-00000\.tar"):
+        preview_dataset(path, tmp_path / "out")
+
+
+def test_a_file_in_the_way_of_the_folder_is_named(tmp_path: Path) -> None:
+    path = make_tiny_dataset(tmp_path / "data")
+    (tmp_path / "out").write_text("in the way")
+    with pytest.raises(OutputError, match="cannot make the folder"):
+        preview_dataset(path, tmp_path / "out")

@@ -1,0 +1,194 @@
+"""Non-critical region refinement: the mask, masked Adam, the BatchNorm loss, label refinement."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from builders.cam import ClassActivation
+from torch import nn
+
+from builders.batchnorm import BatchNormLoss
+from builders.config import RefinementSettings
+from builders.discovery import Eyes
+from builders.label_refinement import LabelRefinementLoss, partner_choices
+from builders.models import create_model
+from builders.refinement import MaskedAdam, RefinedBatch, jitter, non_critical_mask, refine_batch
+from nrrdd_format.codebooks import MixTable, mix_codebook
+
+SETTINGS = RefinementSettings(
+    iterations=12,
+    learning_rate=0.05,
+    schedule="cosine",
+    epsilon=0.5,
+    alpha_bn=0.01,
+    alpha_lr=1.0,
+    label_refinement="soft",
+    jitter=False,
+    batch_size=100,
+    mix="cutmix",
+)
+MIXES = MixTable.from_entries(mix_codebook(0, 16, "both", count=64), 16)
+
+
+@pytest.fixture(scope="module")
+def eyes() -> Eyes:
+    torch.manual_seed(0)
+    model = create_model("conv2-w8", 3, 16)
+    with torch.no_grad():
+        for _ in range(20):  # running statistics that a random image does not match
+            model(torch.randn(8, 3, 16, 16) * 0.5 + 0.3)
+    model.eval().requires_grad_(False)
+    return Eyes(
+        activation=ClassActivation(model, 16), mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3), device=torch.device("cpu")
+    )
+
+
+def _initial(count: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    images = np.random.default_rng(1).integers(0, 256, (count, 3, 16, 16), np.uint8)
+    return images, np.arange(count) % 3
+
+
+def _refine(eyes: Eyes, settings: RefinementSettings, steps: list[dict[str, float]] | None = None) -> RefinedBatch:
+    images, labels = _initial()
+    record = (lambda terms: None) if steps is None else steps.append
+    return refine_batch(images, labels, eyes, settings, mixes=MIXES, seed=0, batch=0, on_step=record)
+
+
+def test_critical_pixels_never_change_and_others_do(eyes: Eyes) -> None:
+    images, labels = _initial()
+    mask = non_critical_mask(eyes, eyes.see(images), torch.from_numpy(labels), 0.5).numpy()
+    assert mask.min() == 0 and 0.45 < mask.max() <= 0.5
+    changed = (_refine(eyes, SETTINGS).images != images).any(1)
+    assert not changed[mask == 0].any()
+    assert changed[mask > 0.25].mean() > 0.5
+
+
+def test_every_term_falls(eyes: Eyes) -> None:
+    steps: list[dict[str, float]] = []
+    result = _refine(eyes, replace(SETTINGS, iterations=80), steps)
+    assert set(steps[0]) == {"ce", "bn", "lr"}
+    assert result.losses == steps[-1]
+    assert steps[-1]["ce"] < 0.9 * steps[0]["ce"]
+    assert steps[-1]["bn"] < steps[0]["bn"]
+    assert np.mean([s["lr"] for s in steps[-10:]]) < np.mean([s["lr"] for s in steps[:10]])
+
+
+def test_no_iterations_leave_the_images_as_they_are(eyes: Eyes) -> None:
+    result = _refine(eyes, replace(SETTINGS, iterations=0))
+    np.testing.assert_array_equal(result.images, _initial()[0])
+    assert result.losses == {}
+
+
+def test_the_same_seed_gives_the_same_images_and_settings_matter(eyes: Eyes) -> None:
+    base = _refine(eyes, SETTINGS).images
+    np.testing.assert_array_equal(base, _refine(eyes, SETTINGS).images)
+    changes = (
+        {"alpha_lr": 0.0},
+        {"alpha_bn": 1.0},
+        {"schedule": "constant"},
+        {"label_refinement": "pair"},
+        {"jitter": True},
+        {"epsilon": 0.9},
+    )
+    for change in changes:
+        assert (_refine(eyes, replace(SETTINGS, **change)).images != base).any(), change
+
+
+def test_unmasked_adam_is_torchs_adam() -> None:
+    torch.manual_seed(0)
+    start, gradients = torch.randn(4, 5), torch.randn(6, 4, 5)
+    settings = replace(SETTINGS, schedule="constant")
+    ours, mine = MaskedAdam(start, torch.ones(4, 1), settings), start.clone()
+    theirs = start.clone().requires_grad_(True)
+    adam = torch.optim.Adam([theirs], lr=0.05, betas=(0.5, 0.9))
+    for step, gradient in enumerate(gradients):
+        mine = ours.step(mine, gradient, step)
+        theirs.grad = gradient.clone()
+        adam.step()
+    torch.testing.assert_close(mine, theirs.detach())
+
+
+def test_the_mask_scales_the_step_not_the_gradient() -> None:
+    """With the mask on the gradient both rows would move alike: Adam divides the factor away."""
+    start = torch.zeros(2, 3)
+    adam = MaskedAdam(start, torch.tensor([[0.5], [0.1]]), replace(SETTINGS, schedule="constant"))
+    moved = adam.step(start, torch.ones(2, 3), 0)
+    torch.testing.assert_close(moved, torch.tensor([[-0.025], [-0.005]]).expand(2, 3))
+
+
+def test_the_cosine_schedule_falls_from_the_full_rate_towards_zero() -> None:
+    adam = MaskedAdam(torch.zeros(1), torch.ones(1), SETTINGS)
+    rates = [adam.learning_rate(step) for step in range(12)]
+    assert rates[0] == 0.05 and rates[6] == pytest.approx(0.025) and rates[-1] < 0.001
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_the_batchnorm_loss_is_its_definition(eyes: Eyes) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)).eval()
+    images = torch.randn(5, 3, 4, 4)
+    with BatchNormLoss(model, first_factor=10.0) as batchnorm:
+        with batchnorm.recording():
+            model(images)
+        model(images * 7)  # outside: must not count
+        found = batchnorm.loss()
+    inner = model[1](model[0](images))
+    expected = 0.0
+    for factor, x, layer in ((10, images, model[0]), (1, inner, model[2])):
+        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+        expected += factor * ((mean - layer.running_mean).norm() + (var - layer.running_var).norm())
+    torch.testing.assert_close(found, torch.as_tensor(expected))
+
+
+def test_hooks_are_gone_afterwards() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    with BatchNormLoss(model, 10.0):
+        assert model[0]._forward_pre_hooks
+    assert not model[0]._forward_pre_hooks
+
+
+def test_partners_are_of_another_class_where_possible_and_never_oneself() -> None:
+    choices = partner_choices(np.array([0, 0, 1, 2]))
+    assert [c.tolist() for c in choices] == [[2, 3], [2, 3], [0, 1, 3], [0, 1, 2]]
+    assert [c.tolist() for c in partner_choices(np.array([4, 4, 4]))] == [[1, 2], [0, 2], [0, 1]]
+
+
+@pytest.mark.parametrize("kind", ["soft", "pair"])
+def test_label_refinement_is_its_definition(kind: str) -> None:
+    """A model that ignores its input: the loss depends on the labels and λ alone."""
+
+    class Constant(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.log(torch.tensor([0.5, 0.3, 0.2])).repeat(len(images), 1)
+
+    targets = torch.tensor([0, 1])
+    half = MixTable.from_entries([0.25], 8)
+    loss = LabelRefinementLoss(targets, kind, half, seed=0, batch=0)(Constant(), torch.zeros(2, 3, 8, 8), 0)
+    soft = -np.mean([0.25 * np.log(a) + 0.75 * np.log(b) for a, b in ((0.5, 0.3), (0.3, 0.5))])
+    assert float(loss) == pytest.approx(soft if kind == "soft" else -np.log(0.8))
+
+
+def test_gradients_flow_through_the_mix_to_both_images(eyes: Eyes) -> None:
+    pixels = torch.rand(2, 3, 16, 16, requires_grad=True)
+    mixes = MixTable.from_entries([0.5], 16)
+    loss = LabelRefinementLoss(torch.tensor([0, 1]), "soft", mixes, 0, 0)(eyes.activation.model, pixels, 0)
+    (gradient,) = torch.autograd.grad(loss, pixels)
+    assert (gradient.abs().amax((1, 2, 3)) > 0).all()
+
+
+def test_jitter_keeps_the_shape_and_differs_from_step_to_step() -> None:
+    pixels = torch.rand(2, 3, 16, 16)
+    first, second = jitter(pixels, 0, 0, 0), jitter(pixels, 0, 0, 1)
+    assert first.shape == pixels.shape
+    assert (first != second).any()
+    assert torch.equal(first, jitter(pixels, 0, 0, 0))
+
+
+def test_pixels_stay_in_range(eyes: Eyes) -> None:
+    """A huge learning rate drives pixels to black and white, not beyond (uint8 would wrap around)."""
+    images = _refine(eyes, replace(SETTINGS, learning_rate=50.0, schedule="constant", epsilon=1.0)).images
+    share_at_ends = np.isin(images, (0, 255)).mean()
+    assert share_at_ends > 0.5

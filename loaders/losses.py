@@ -1,0 +1,228 @@
+"""Losses of a student on mixed pairs: DBR (the paper, Eq. 8 to 11), and other label kinds on the same images.
+
+Everything is computed in float32 at least, whatever the logits' type. Where both images of a pair have the
+same class, y_i = y_j, there is one probability and one distance, and it counts once.
+
+Shapes: B pairs, C classes. Distances are -log p, in nats.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loaders.batch import DBRBatch
+from nrrdd_format.errors import ConfigError
+
+Sce = Literal["sample", "batch", "target", "entropy"]
+Distance = Literal["l1", "huber", "squared"]
+
+
+class DBRLoss(nn.Module):
+    """alpha_sce * L_sce + alpha_dbr * L_dbr: bounded cross-entropy plus error of the distances (Eq. 9).
+
+    L_sce is the cross-entropy CE to the mixed one-hot labels, without effect once it is as small as `radius`.
+    L_dbr is the mean of |d_org(S) - d_org| + |d_aug(S) - d_aug|, d(S) the student's own distances (Eq. 10).
+
+    Args:
+        alpha_sce, alpha_dbr: weights of the two parts.
+        radius: r, in nats.
+        sce: "sample": mean of max(0, CE - r); "batch": max(0, mean CE - r); "target": CE to labels of which
+            none exceeds 1 - r, the excess spread evenly over the classes below; "entropy": mean of
+            max(0, CE - H(lam) - r), H(lam) being the least value CE can have.
+        distance: "l1": |x|; "huber": quadratic up to 1 nat, then linear; "squared": x**2.
+        temperature: softmax temperature of the student's distances; must be the teacher's
+            (`DBRLoader.dataset_info.temperature`).
+
+    Raises:
+        ConfigError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        alpha_sce: float = 1.0,
+        alpha_dbr: float = 1.0,
+        radius: float = 0.4,
+        sce: Sce = "sample",
+        distance: Distance = "l1",
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        _require(alpha_sce >= 0, f"alpha_sce: found {alpha_sce}, expected 0 or more")
+        _require(alpha_dbr >= 0, f"alpha_dbr: found {alpha_dbr}, expected 0 or more")
+        _require(radius >= 0, f"radius: found {radius}, expected 0 or more")
+        _require(sce in get_args(Sce), f"sce: found {sce!r}, expected one of {', '.join(get_args(Sce))}")
+        _require(sce != "target" or radius < 1, f"radius: found {radius}, expected less than 1 with sce='target'")
+        _require(
+            distance in get_args(Distance),
+            f"distance: found {distance!r}, expected one of {', '.join(get_args(Distance))}",
+        )
+        _require(temperature > 0, f"temperature: found {temperature}, expected more than 0")
+        self.alpha_sce = alpha_sce
+        self.alpha_dbr = alpha_dbr
+        self.radius = radius
+        self.sce: Sce = sce
+        self.distance: Distance = distance
+        self.temperature = temperature
+
+    def forward(self, logits: Tensor, batch: DBRBatch) -> Tensor:
+        """The loss of logits (B, C): a float32 scalar."""
+        return self.terms(logits, batch)["loss"]
+
+    def terms(self, logits: Tensor, batch: DBRBatch) -> dict[str, Tensor]:
+        """The loss and its parts, float32 scalars.
+
+        Returns:
+            `loss`, `sce`, `dbr`, and `clipped_share`: the share of pairs that L_sce leaves alone (with
+            "target": whose labels are cut).
+        """
+        _check_sizes(logits, batch)
+        sce, clipped = self._bounded_cross_entropy(logits, batch)
+        dbr = self._distance_error(logits, batch)
+        return {
+            "loss": self.alpha_sce * sce + self.alpha_dbr * dbr,
+            "sce": sce,
+            "dbr": dbr,
+            "clipped_share": clipped.float().mean(),
+        }
+
+    def _bounded_cross_entropy(self, logits: Tensor, batch: DBRBatch) -> tuple[Tensor, Tensor]:
+        """L_sce, and which pairs are clipped: (B,) or one for all."""
+        log_p = _log_softmax(logits)
+        if self.sce == "target":
+            labels = _mixed_labels(batch, logits.shape[1])
+            capped = labels > 1 - self.radius
+            return _soft_cross_entropy(log_p, _spread_excess(labels, capped, 1 - self.radius)), capped.any(1)
+        cross_entropy = _mixed_cross_entropy(log_p, batch)
+        if self.sce == "batch":
+            cross_entropy = cross_entropy.mean()
+        if self.sce == "entropy":
+            cross_entropy = cross_entropy - _label_entropy(batch)
+        excess = cross_entropy - self.radius
+        return excess.clamp_min(0).mean(), excess <= 0
+
+    def _distance_error(self, logits: Tensor, batch: DBRBatch) -> Tensor:
+        log_p = _log_softmax(logits, self.temperature)
+        error_org = self._error(_distance(log_p, batch.label_org), batch.distance_org)
+        error_aug = self._error(_distance(log_p, batch.label_aug), batch.distance_aug)
+        return (error_org + error_aug.masked_fill(_same_class(batch), 0.0)).mean()
+
+    def _error(self, student: Tensor, teacher: Tensor) -> Tensor:
+        teacher = teacher.to(student.dtype)
+        if self.distance == "l1":
+            return (student - teacher).abs()
+        if self.distance == "squared":
+            return (student - teacher).square()
+        return F.huber_loss(student, teacher, reduction="none")
+
+
+class OneHotLoss(nn.Module):
+    """Cross-entropy to lam * y_i + (1 - lam) * y_j: nothing from the teacher."""
+
+    def forward(self, logits: Tensor, batch: DBRBatch) -> Tensor:
+        """The loss of logits (B, C): a float32 scalar."""
+        _check_sizes(logits, batch)
+        return _mixed_cross_entropy(_log_softmax(logits), batch).mean()
+
+
+class CompactLoss(nn.Module):
+    """Cross-entropy to the teacher's probabilities of the two classes, scaled to sum to one.
+
+    That is softmax(-d_org, -d_aug): a distribution even where quantised distances give p_i + p_j > 1.
+    """
+
+    def forward(self, logits: Tensor, batch: DBRBatch) -> Tensor:
+        """The loss of logits (B, C): a float32 scalar."""
+        _check_sizes(logits, batch)
+        log_p = _log_softmax(logits)
+        shares = torch.stack([-batch.distance_org, -batch.distance_aug]).softmax(0)
+        distances = torch.stack([_distance(log_p, batch.label_org), _distance(log_p, batch.label_aug)])
+        # With one class both shares fall on the same distance and sum to one, so it counts once.
+        return (shares * distances).sum(0).mean()
+
+
+class SoftLoss(nn.Module):
+    """KL divergence from the teacher's full softmax, both at temperature T, without the factor T**2.
+
+    Args:
+        temperature: T; RDED's evaluations use 20 with CutMix.
+    """
+
+    def __init__(self, temperature: float = 20.0) -> None:
+        super().__init__()
+        _require(temperature > 0, f"temperature: found {temperature}, expected more than 0")
+        self.temperature = temperature
+
+    def forward(self, logits: Tensor, batch: DBRBatch, teacher_logits: Tensor) -> Tensor:
+        """The loss of logits (B, C) against the teacher's (B, C) for `batch.images`: a float32 scalar."""
+        _check_sizes(logits, batch)
+        _require(
+            teacher_logits.shape == logits.shape,
+            f"teacher logits: found shape {tuple(teacher_logits.shape)}, expected {tuple(logits.shape)}",
+        )
+        student = _log_softmax(logits, self.temperature)
+        teacher = _log_softmax(teacher_logits, self.temperature)
+        return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def _log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """log p of logits (B, C), in float32 where they are narrower."""
+    full = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (full / temperature).log_softmax(1)
+
+
+def _distance(log_p: Tensor, labels: Tensor) -> Tensor:
+    """-log p of each row's label: (B,)."""
+    return log_p.gather(1, labels[:, None]).squeeze(1).neg()
+
+
+def _same_class(batch: DBRBatch) -> Tensor:
+    same: Tensor = batch.label_org == batch.label_aug
+    return same
+
+
+def _mixed_cross_entropy(log_p: Tensor, batch: DBRBatch) -> Tensor:
+    """CE to lam * y_i + (1 - lam) * y_j, pair by pair: (B,)."""
+    distance_org, distance_aug = _distance(log_p, batch.label_org), _distance(log_p, batch.label_aug)
+    return distance_aug + batch.lam * (distance_org - distance_aug)
+
+
+def _label_entropy(batch: DBRBatch) -> Tensor:
+    """H(lam) of the mixed labels in nats, 0 where both classes are the same: (B,)."""
+    entropy = torch.special.entr(batch.lam) + torch.special.entr(1 - batch.lam)
+    return entropy.masked_fill(_same_class(batch), 0.0)
+
+
+def _mixed_labels(batch: DBRBatch, classes: int) -> Tensor:
+    """lam * y_i + (1 - lam) * y_j as dense rows: (B, C) float32."""
+    labels = batch.lam.new_zeros(len(batch), classes)
+    labels.scatter_add_(1, batch.label_org[:, None], batch.lam[:, None])
+    return labels.scatter_add_(1, batch.label_aug[:, None], 1 - batch.lam[:, None])
+
+
+def _spread_excess(labels: Tensor, capped: Tensor, cap: float) -> Tensor:
+    """Cuts the capped entries of labels (B, C) to `cap`; what they lose goes evenly to the row's others."""
+    excess = ((labels - cap) * capped).sum(1, keepdim=True)
+    others = (~capped).sum(1, keepdim=True).clamp_min(1)
+    return torch.where(capped, cap, labels + excess / others)
+
+
+def _soft_cross_entropy(log_p: Tensor, labels: Tensor) -> Tensor:
+    return -(labels * log_p).sum(1).mean()
+
+
+def _check_sizes(logits: Tensor, batch: DBRBatch) -> None:
+    if logits.ndim != 2 or len(logits) != len(batch):
+        raise ConfigError(
+            f"logits of shape {tuple(logits.shape)}, expected ({len(batch)}, classes) as the batch has "
+            f"{len(batch)} pairs"
+        )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)

@@ -1,0 +1,111 @@
+"""What a worker process does: one batch of pairs read from the shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from loaders.batch import DBRBatch, PlannedBatch
+from loaders.order import all_cycles, epoch_order, stored_epoch
+from nrrdd_format.dataset import DistilledDataset
+from nrrdd_format.errors import FormatError, NrrddError
+from nrrdd_format.records import PairRecords
+from nrrdd_format.replay import decode_image, plan_batch, stack_images
+
+Assignment: TypeAlias = tuple[int, int, int]
+"""Training epoch, and the (start, stop) of a batch's places in that epoch's order."""
+Reading: TypeAlias = "DBRBatch | PlannedBatch | NrrddError"
+
+
+class BatchReader(Dataset[Reading]):
+    """Turns an assignment into a batch.
+
+    An error is returned, not raised: torch would wrap it in the worker's traceback and lose what it says.
+    """
+
+    def __init__(self, dataset: DistilledDataset, *, seed: int, replay_here: bool, cache_bytes: int) -> None:
+        self._dataset = dataset
+        self._seed = seed
+        self._replay_here = replay_here
+        self._cache_bytes = cache_bytes
+        self._decoded: dict[tuple[int, int], Tensor] = {}
+        pairs = [entry.pairs_per_epoch for entry in dataset.manifest.shards]
+        self._first_pair = np.cumsum([0, *pairs])
+        self._cycles = all_cycles(pairs, dataset.manifest.records.cycle)
+        self._epoch = -1
+        self._order: NDArray[np.int64] = np.empty(0, np.int64)
+        self._records: dict[int, PairRecords] = {}
+
+    def __getitem__(self, assignment: Assignment) -> Reading:
+        epoch, start, stop = assignment
+        try:
+            self._turn_to(epoch)
+            batch = self._read(self._order[start:stop])
+            images = self._dataset.manifest.images
+            return batch.replayed(mean=images.mean, std=images.std) if self._replay_here else batch
+        except NrrddError as error:
+            return error
+
+    def _turn_to(self, epoch: int) -> None:
+        """Draws the epoch's order, and forgets the records of the epoch before."""
+        if epoch != self._epoch:
+            self._order = epoch_order(self._seed, epoch, self._cycles)
+            self._records = {}
+            self._epoch = epoch
+
+    def _read(self, pairs: NDArray[np.int64]) -> PlannedBatch:
+        """Reads the pairs with these numbers, each of their images once."""
+        parts = self._parts(pairs)
+        plan = plan_batch(parts)
+        wanted = zip(plan.shard.tolist(), plan.image.tolist(), strict=True)
+        images = [self._image(shard, image) for shard, image in wanted]
+        labels = [self._dataset.shards[shard].labels for shard, _ in parts]
+        records = [part for _, part in parts]
+        return PlannedBatch(
+            pairs=plan.with_images(stack_images(images)),
+            label_org=_joined(of[part.index_org] for of, part in zip(labels, records, strict=True)),
+            label_aug=_joined(of[part.index_aug] for of, part in zip(labels, records, strict=True)),
+            distance_org=_joined(part.distance_org for part in records),
+            distance_aug=_joined(part.distance_aug for part in records),
+        )
+
+    def _parts(self, pairs: NDArray[np.int64]) -> list[tuple[int, PairRecords]]:
+        """The records of the pairs, in the order given, as runs of pairs of one shard."""
+        shards = np.searchsorted(self._first_pair, pairs, side="right") - 1
+        places = pairs - self._first_pair[shards]
+        runs = np.split(np.arange(len(pairs)), np.flatnonzero(np.diff(shards)) + 1)
+        return [(int(shards[run[0]]), self._records_of(int(shards[run[0]])).take(places[run])) for run in runs]
+
+    def _records_of(self, shard: int) -> PairRecords:
+        """The records of a shard for the current epoch, decoded once: a batch holds cycles of many shards."""
+        if shard not in self._records:
+            reader = self._dataset.shards[shard]
+            stored = stored_epoch(self._seed, self._epoch, self._dataset.manifest.records.epochs)
+            self._records[shard] = reader.records(stored)
+        return self._records[shard]
+
+    def _image(self, shard: int, image: int) -> Tensor:
+        """One decoded image, (3, S, S) uint8; the first that fit into the cache are kept."""
+        if (shard, image) not in self._decoded:
+            decoded = self._decode(shard, image)
+            if (len(self._decoded) + 1) * decoded.nbytes > self._cache_bytes:
+                return decoded
+            self._decoded[shard, image] = decoded
+        return self._decoded[shard, image]
+
+    def _decode(self, shard: int, image: int) -> Tensor:
+        reader = self._dataset.shards[shard]
+        try:
+            return decode_image(reader.image_bytes(image), self._dataset.manifest.images.size)
+        except FormatError as error:
+            raise error.located(path=reader.path, member=reader.header.members[image].name) from error
+
+
+def _joined(columns: Iterable[NDArray[np.generic]]) -> Tensor:
+    return torch.from_numpy(np.concatenate(list(columns)))

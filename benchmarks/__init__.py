@@ -1,0 +1,1 @@
+"""Measurements of everything below, and the `nrrdd` command; nothing imports this package."""

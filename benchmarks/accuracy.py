@@ -1,0 +1,241 @@
+"""Top-1 of students on the same images with different labels, and on different images with the same labels.
+
+`python -m benchmarks.accuracy --dataset digits --seeds 0 1 2 --out DIR` runs a grid of students, each cell once:
+started again, it goes on with those that are missing. Kinds of images: whole random training images, discovery alone,
+RDED's choice of patches, NRR, and NRR with label refinement.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, get_args
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.command import add_device, add_source, pick_device, run
+from benchmarks.grid import Cell, Grid, ImageKind, Result, run_grid
+from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
+from benchmarks.student import Labels
+from benchmarks.teacher import TeacherConfig
+from builders.sources import Source, load_source
+from nrrdd_format.files import atomic_write
+
+MODULE = "benchmarks.accuracy"
+RESULTS = Path("benchmarks") / "results"
+LABELS: tuple[Labels, ...] = ("one-hot", "compact", "dbr", "soft")
+
+Table = dict[Cell, Result]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Settings that trade time for closeness to the paper."""
+
+    ipcs: tuple[int, ...]
+    epochs: int
+    iterations: int
+    teacher_epochs: int
+
+
+PRESETS = {
+    "quick": Preset(ipcs=(10,), epochs=100, iterations=200, teacher_epochs=30),
+    "full": Preset(ipcs=(1, 10, 50), epochs=300, iterations=2000, teacher_epochs=100),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    options = make_parser().parse_args(arguments)
+    return run(lambda: measure_accuracy(options))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {MODULE}",
+        description="Measure students' top-1 by kind of images and kind of labels.",
+        epilog=f"example:\n  python -m {MODULE} --dataset digits --preset quick --seeds 0 1 2 --out accuracy-digits",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_source(parser, default="digits")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="keeps teacher, datasets and results")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"for the report ({RESULTS})")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="quick", help="quick (default) or full")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], metavar="N", help="a build and students for each (0)"
+    )
+    parser.add_argument("--ipc", type=int, nargs="+", metavar="N", help="images per class (preset's)")
+    parser.add_argument("--epochs", type=int, metavar="N", help="stored and trained (preset's)")
+    parser.add_argument("--iterations", type=int, metavar="N", help="of refinement (preset's)")
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        choices=get_args(ImageKind),
+        default=["random-real", "nrr", "nrr+lr"],
+        help="kinds of images (random-real nrr nrr+lr)",
+    )
+    parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS), help="kinds of labels (all)")
+    parser.add_argument("--student", metavar="ARCH", help="the students' network (the dataset's default)")
+    parser.add_argument("--teacher", metavar="ARCH", help="the network to train as teacher (the dataset's default)")
+    parser.add_argument("--teacher-epochs", type=int, metavar="N", help="of its training (preset's)")
+    parser.add_argument("--teacher-checkpoint", type=Path, metavar="FILE", help="a trained teacher (OUT/teacher.pt)")
+    parser.add_argument("--soft-temperature", type=float, default=1.0, metavar="T", help="of soft labels (1; RDED: 20)")
+    add_device(parser)
+    return parser
+
+
+def measure_accuracy(options: argparse.Namespace) -> int:
+    """Runs the grid, prints the report and writes it; returns the exit status."""
+    source = load_source(options.source, data_dir=options.data_dir, test_dir=options.test_dir)
+    grid = make_grid(options, source)
+    table = dict(run_grid(grid, source))
+    text = report(grid, table)
+    print(f"\n{text}")
+    _write_results(options.results, grid, table, text)
+    return 0
+
+
+def make_grid(options: argparse.Namespace, source: Source) -> Grid:
+    """The grid that the options describe."""
+    preset = PRESETS[options.preset]
+    device = pick_device(options.device)
+    return Grid(
+        dataset=options.source,
+        data_dir=options.data_dir,
+        test_dir=options.test_dir,
+        out=options.out,
+        teacher_checkpoint=options.teacher_checkpoint or options.out / "teacher.pt",
+        teacher=TeacherConfig(
+            architecture=options.teacher, epochs=options.teacher_epochs or preset.teacher_epochs, device=device
+        ),
+        ipcs=tuple(options.ipc or preset.ipcs),
+        images=tuple(options.images),
+        labels=tuple(options.labels),
+        seeds=tuple(options.seeds),
+        student=options.student or source.default_model,
+        epochs=options.epochs or preset.epochs,
+        iterations=preset.iterations if options.iterations is None else options.iterations,
+        soft_temperature=options.soft_temperature,
+        device=device,
+    )
+
+
+def report(grid: Grid, table: Table) -> str:
+    """The report's tables and what they were made with, as Markdown."""
+    first = next(iter(table.values()))
+    teacher = f"{first.teacher}, top-1 {first.teacher_top1:.2%}" if first.teacher_top1 is not None else first.teacher
+    return "\n\n".join(
+        [
+            f"Teacher {teacher}; student {grid.student}; {grid.epochs} epochs stored and trained; {grid.iterations} "
+            f"steps of refinement; {len(grid.seeds)} seeds. Top-1 in % on the real test images after the last epoch, "
+            "mean ± standard deviation over seeds.",
+            accuracy_table(grid, table),
+            "Differences between cells of the same seed, in points of top-1 (mean ± standard deviation over seeds):",
+            difference_table(grid, table),
+            "Bytes on disk, first seed:",
+            bytes_table(grid, table),
+        ]
+    )
+
+
+def accuracy_table(grid: Grid, table: Table) -> str:
+    """Top-1 by images (rows) and labels (columns); the last column says how much of the way to soft labels DBR goes."""
+    shows_recovery = {"one-hot", "dbr", "soft"} <= set(grid.labels)
+    rows = []
+    for ipc in grid.ipcs:
+        for images in grid.images:
+            tops = {labels: top1(grid, table, ipc, images, labels) for labels in grid.labels}
+            cells = [spread(values) for values in tops.values()]
+            rows.append([f"IPC {ipc}, {images}", *cells, *([recovery(tops)] if shows_recovery else [])])
+    return markdown_table(["images", *grid.labels, *(["recovered %"] if shows_recovery else [])], rows)
+
+
+def difference_table(grid: Grid, table: Table) -> str:
+    """Differences seed by seed: labels on the same images, and images with the same labels."""
+    rows = []
+    for ipc in grid.ipcs:
+        for images in grid.images:
+            for before, after in combinations(grid.labels, 2):
+                pair = (top1(grid, table, ipc, images, before), top1(grid, table, ipc, images, after))
+                rows.append([f"IPC {ipc}, {images}: {after} − {before}", difference(*pair)])
+        for labels in grid.labels:
+            for start, end in combinations(grid.images, 2):
+                pair = (top1(grid, table, ipc, start, labels), top1(grid, table, ipc, end, labels))
+                rows.append([f"IPC {ipc}, {labels}: {end} − {start}", difference(*pair)])
+    return markdown_table(["compared", "points"], rows)
+
+
+def bytes_table(grid: Grid, table: Table) -> str:
+    """Bytes of images and of each kind of labels."""
+    rows = []
+    for ipc in grid.ipcs:
+        for images in grid.images:
+            cells = [table[Cell(ipc=ipc, images=images, labels=labels, seed=grid.seeds[0])] for labels in grid.labels]
+            labels = [f"{cell.bytes_labels:,.0f}" for cell in cells]
+            rows.append([f"IPC {ipc}, {images}", f"{cells[0].bytes_images:,}", *labels])
+    return markdown_table(["images", "image bytes", *(f"{labels} bytes" for labels in grid.labels)], rows)
+
+
+def top1(grid: Grid, table: Table, ipc: int, images: ImageKind, labels: Labels) -> list[float]:
+    """Top-1 in percent, one value a seed."""
+    return [100 * table[Cell(ipc=ipc, images=images, labels=labels, seed=seed)].top1 for seed in grid.seeds]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation; the mean alone of a single value."""
+    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def difference(before: Sequence[float], after: Sequence[float]) -> str:
+    """Mean and standard deviation of the paired differences, signed."""
+    paired = [late - early for early, late in zip(before, after, strict=True)]
+    return ("+" if mean(paired) >= 0 else "") + spread(paired)
+
+
+def recovery(tops: dict[Labels, list[float]]) -> str:
+    """(dbr − one-hot) / (soft − one-hot) of the means, in percent; a dash where soft labels bring nothing."""
+    gain = mean(tops["soft"]) - mean(tops["one-hot"])
+    return f"{100 * (mean(tops['dbr']) - mean(tops['one-hot'])) / gain:.0f}" if gain > 0 else "-"
+
+
+def plot(path: Path, grid: Grid, table: Table) -> None:
+    """Writes a PNG: one panel for each number of images per class, a group of bars for each kind of images."""
+    figure = Figure(figsize=(4.5 * len(grid.ipcs) + 1, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(grid.ipcs), squeeze=False, sharey=True)[0]
+    for axis, ipc in zip(panels, grid.ipcs, strict=True):
+        _draw_panel(axis, grid, table, ipc)
+    panels[0].set_ylabel("top-1, %")
+    panels[-1].legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
+def _draw_panel(axis: Axes, grid: Grid, table: Table, ipc: int) -> None:
+    width = 0.8 / len(grid.labels)
+    for number, labels in enumerate(grid.labels):
+        values = [top1(grid, table, ipc, images, labels) for images in grid.images]
+        places = [group + (number - (len(grid.labels) - 1) / 2) * width for group in range(len(grid.images))]
+        error = [stdev(each) if len(each) > 1 else 0.0 for each in values]
+        axis.bar(places, [mean(each) for each in values], width, yerr=error, capsize=2, label=labels)
+    axis.set_xticks(range(len(grid.images)), grid.images)
+    axis.set_title(f"{grid.dataset}, IPC {ipc}")
+
+
+def _write_results(folder: Path, grid: Grid, table: Table, text: str) -> None:
+    facts: dict[str, Any] = provenance(MODULE, seeds=grid.seeds)
+    stem = f"{facts['date']}-accuracy-{grid.dataset}"
+    make_folder(folder)
+    write_json(folder / f"{stem}.json", facts | {"cells": [asdict(result) for result in table.values()]})
+    heading = f"# Accuracy on {grid.dataset}\n\n{provenance_text(facts)}"
+    write_text(folder / f"{stem}.md", f"{heading}\n{text}\n\n![top-1]({stem}.png)\n")
+    plot(folder / f"{stem}.png", grid, table)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,262 @@
+"""`nrrdd`: train a teacher or a student, look into a dataset, check it, and draw its preview.
+
+Every verb loads what it needs only when it runs, so that `nrrdd --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.command import add_device, add_source, pick_device, run
+
+EPILOG = """\
+a first round, with scikit-learn's digits (no download):
+  nrrdd teacher --dataset digits --out digits-teacher.pt
+  build-distilled --dataset digits --ipc 10 --teacher-checkpoint digits-teacher.pt --out digits-ipc10
+  nrrdd inspect digits-ipc10
+  nrrdd student digits-ipc10 --labels dbr
+each verb has its own help: nrrdd VERB --help
+"""
+
+TEACHER_EPILOG = """\
+examples:
+  nrrdd teacher --dataset digits --out digits-teacher.pt
+  nrrdd teacher --dataset cifar10 --data-dir data/cifar10 --architecture resnet18-small --out cifar10-teacher.pt
+architectures: conv3, conv4, conv5 (also with a width: conv3-w32), resnet18-small (also resnet18-small-w16),
+or any classification model of torchvision. OUT.json beside the checkpoint records the settings and the test top-1.
+Interrupted, the same command goes on after the last finished epoch.
+"""
+
+STUDENT_EPILOG = """\
+examples:
+  nrrdd student digits-ipc10 --labels dbr
+  nrrdd student cifar10-ipc10 --labels soft --teacher-checkpoint cifar10-teacher.pt --data-dir data/cifar10
+labels: dbr      the dataset's distances, with the DBR loss
+        soft     the teacher's whole output; it runs beside the student in every step
+        compact  the two stored distances as a two-class target
+        one-hot  the two classes, weighted by their share of the image
+The result is the top-1 share on the source's real test images after the last epoch.
+"""
+
+INSPECT_EPILOG = """\
+examples:
+  nrrdd inspect digits-ipc10
+  nrrdd inspect digits-ipc10 --record 0:12:3    shard 0, epoch 12, pair 3
+"""
+
+VERIFY_EPILOG = """\
+example:
+  nrrdd verify digits-ipc10 && echo sound
+Checks the manifest, every shard's hash, every member and every record, and prints each problem on a line.
+Exit status: 0 without problems, 1 with, 2 when the command itself is wrong.
+"""
+
+PREVIEW_EPILOG = """\
+example:
+  nrrdd preview digits-ipc10 --out pictures
+Writes contact-sheet.png (the first image of every class, at most 50) and distances.png (both distances).
+"""
+
+Verb = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    options = make_parser().parse_args(arguments)
+    verb: Verb = options.verb
+    return run(lambda: verb(options))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    parser = argparse.ArgumentParser(
+        prog="nrrdd",
+        description="Work with distilled datasets in the nrrdd format; build-distilled makes them.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    _add_teacher(_add_verb(verbs, "teacher", run_teacher, "train a teacher on a source dataset", TEACHER_EPILOG))
+    _add_student(_add_verb(verbs, "student", run_student, "train a student and test it on real images", STUDENT_EPILOG))
+    _add_inspect(_add_verb(verbs, "inspect", run_inspect, "say what is in a dataset", INSPECT_EPILOG))
+    _add_dataset(_add_verb(verbs, "verify", run_verify, "find every damage in a dataset", VERIFY_EPILOG))
+    _add_preview(_add_verb(verbs, "preview", run_preview, "draw a dataset's images and distances", PREVIEW_EPILOG))
+    return parser
+
+
+def run_teacher(options: argparse.Namespace) -> int:
+    """`nrrdd teacher`."""
+    from benchmarks.teacher import TeacherConfig, log_path, summary, train_and_save
+    from builders.sources import load_source
+
+    source = load_source(options.source, data_dir=options.data_dir, test_dir=options.test_dir)
+    config = TeacherConfig(
+        architecture=options.architecture,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+        workers=options.workers,
+        device=pick_device(options.device),
+    )
+    log = train_and_save(source, config, options.out)
+    print(f"{options.out}: {summary(log)}; log in {log_path(options.out)}")
+    return 0
+
+
+def run_student(options: argparse.Namespace) -> int:
+    """`nrrdd student`."""
+    from dataclasses import asdict
+
+    from benchmarks.results_io import write_json
+    from benchmarks.student import StudentConfig, load_matching_source, train_student
+    from nrrdd_format.dataset import open_dataset
+
+    manifest = open_dataset(options.path).manifest
+    source = load_matching_source(manifest, name=options.source, data_dir=options.data_dir, test_dir=options.test_dir)
+    config = StudentConfig(
+        labels=options.labels,
+        architecture=options.student,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        radius=options.radius,
+        sce=options.sce,
+        distance=options.distance,
+        soft_temperature=options.soft_temperature,
+        teacher_checkpoint=options.teacher_checkpoint,
+        seed=options.seed,
+        device=pick_device(options.device),
+    )
+    result = train_student(options.path, source, config)
+    record = asdict(result) | {"dataset_id": manifest.dataset_id}
+    if options.log is not None:
+        write_json(options.log, record)
+    if options.json:
+        print(json.dumps(record, indent=2))
+    else:
+        print(
+            f"{result.settings['architecture']} on {options.labels} labels: "
+            f"top-1 {result.top1:.2%} of {result.test_images} test images"
+        )
+    return 0
+
+
+def run_inspect(options: argparse.Namespace) -> int:
+    """`nrrdd inspect`."""
+    from nrrdd_format.inspect import describe, render
+
+    facts = describe(options.path, record=options.record)
+    print(json.dumps(facts, indent=2) if options.json else render(facts))
+    return 0
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """`nrrdd verify`."""
+    from nrrdd_format.verify import verify_dataset
+
+    problems = verify_dataset(options.path)
+    for problem in problems:
+        print(problem)
+    print(f"{options.path}: {len(problems)} problems" if problems else f"{options.path}: no problems")
+    return 1 if problems else 0
+
+
+def run_preview(options: argparse.Namespace) -> int:
+    """`nrrdd preview`."""
+    from builders.preview import preview_dataset
+
+    written = preview_dataset(options.path, options.out or options.path.with_name(options.path.name + ".preview"))
+    print(written.contact_sheet)
+    print(written.histogram)
+    return 0
+
+
+def _add_verb(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, verb: Verb, summary: str, epilog: str
+) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(verb=verb)
+    return parser
+
+
+def _add_teacher(parser: argparse.ArgumentParser) -> None:
+    add_source(parser, required=True)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the checkpoint to write")
+    parser.add_argument("--architecture", metavar="ARCH", help="the network (default: the dataset's convD or resnet18)")
+    parser.add_argument("--epochs", type=int, default=100, metavar="N", help="passes over the training images (100)")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images a step (128)")
+    parser.add_argument("--learning-rate", type=float, default=0.1, metavar="X", help="highest rate of the cycle (0.1)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read large images (0)")
+    _add_run(parser)
+
+
+def _add_student(parser: argparse.ArgumentParser) -> None:
+    _add_dataset(parser)
+    parser.add_argument(
+        "--labels", choices=("dbr", "soft", "compact", "one-hot"), default="dbr", help="what to learn from (dbr)"
+    )
+    add_source(parser)
+    parser.add_argument("--student", metavar="ARCH", help="the network (default: the dataset's convD or resnet18)")
+    parser.add_argument("--teacher-checkpoint", type=Path, metavar="FILE", help="the teacher, for soft labels")
+    parser.add_argument("--epochs", type=int, default=300, metavar="N", help="passes over the dataset (300)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="pairs a step (10, 50 or 100, by images per class)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, metavar="X", help="AdamW's first rate (0.001)")
+    _add_loss(parser.add_argument_group("loss"))
+    parser.add_argument("--log", type=Path, metavar="FILE", help="write settings and result to this JSON file")
+    parser.add_argument("--json", action="store_true", help="print settings and result as JSON")
+    _add_run(parser)
+
+
+def _add_loss(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--radius", type=float, default=0.4, metavar="R", help="of dbr: free cross-entropy (0.4)")
+    group.add_argument(
+        "--sce", choices=("sample", "batch", "target", "entropy"), default="sample", help="of dbr: form of that bound"
+    )
+    group.add_argument(
+        "--distance", choices=("l1", "huber", "squared"), default="l1", help="of dbr: how distances are compared"
+    )
+    group.add_argument(
+        "--soft-temperature", type=float, default=1.0, metavar="T", help="of soft: temperature of the KL (1; RDED: 20)"
+    )
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    _add_dataset(parser)
+    parser.add_argument("--record", type=_record, metavar="SHARD:EPOCH:PAIR", help="show one pair's record")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_preview(parser: argparse.ArgumentParser) -> None:
+    _add_dataset(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the pictures (default: DATASET.preview)")
+
+
+def _add_dataset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, metavar="DATASET", help="a built dataset's folder")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every random draw (0)")
+    add_device(parser)
+
+
+def _record(text: str) -> tuple[int, int, int]:
+    match = re.fullmatch(r"(\d+):(\d+):(\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected SHARD:EPOCH:PAIR, such as 0:12:3")
+    return int(match[1]), int(match[2]), int(match[3])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

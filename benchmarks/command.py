@@ -1,0 +1,56 @@
+"""What every command of this package shares: options they have in common, and how a failure ends."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from nrrdd_format.errors import NrrddError
+
+
+def run(command: Callable[[], int]) -> int:
+    """Runs a command and returns its exit status (2: the user's mistake, told in one line; 130: interrupted)."""
+    try:
+        return command()
+    except NrrddError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: files that were finished are kept", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `nrrdd inspect … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def add_source(parser: argparse.ArgumentParser, *, required: bool = False, default: str | None = None) -> None:
+    """Adds the options that name the source dataset."""
+    hint = "" if required else f" (default: {default or 'the one in the manifest'})"
+    parser.add_argument(
+        "--dataset",
+        dest="source",
+        metavar="NAME",
+        required=required,
+        default=default,
+        help=f"digits, cifar10, cifar100, imagenette, tiny-imagenet, imagenet or imagefolder{hint}",
+    )
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the source images lie")
+    parser.add_argument("--test-dir", type=Path, metavar="DIR", help="where the test images lie, if not beside them")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds --device."""
+    choices = ("auto", "cpu", "cuda")
+    parser.add_argument("--device", choices=choices, default="auto", help="auto (default) takes a GPU if there is one")
+
+
+def pick_device(name: str) -> str:
+    """Resolves `auto` to `cuda` where there is a GPU, else `cpu`."""
+    if name != "auto":
+        return name
+    import torch  # here, so that --help needs no torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

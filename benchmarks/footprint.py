@@ -1,0 +1,179 @@
+"""Bytes on disk: what a dataset's labels take, and what the same pairs take as soft labels. Every byte is counted.
+
+Whatever of a dataset's files is not an image member (its data, tar header and padding) counts as label: the record
+blocks, the shards' headers and ends, and the manifest with its codebooks.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import tempfile
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.fkd_store import BATCH, FkdStore, Form
+from nrrdd_format import tar
+from nrrdd_format.codebooks import quantize
+from nrrdd_format.dataset import DistilledDataset, open_dataset
+from nrrdd_format.errors import ConfigError
+from nrrdd_format.manifest import MANIFEST_NAME
+from nrrdd_format.records import Coding, PairDraws, PairRecords, RecordLayout, draw_pairs, encode_epoch, expand_pairs
+from nrrdd_format.shard_header import HEADER_NAME, RECORDS_NAME
+from nrrdd_format.shards import EncodedImage, ShardEntry, ShardReader, write_shard
+
+FULL_BATCHES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Sizes of one dataset, in bytes.
+
+    Attributes:
+        images: number of images.
+        pairs: number of pairs, of all epochs.
+        image_data: the encoded images themselves, without their tar headers.
+        records: the record members with their tar headers and padding.
+        shard_overhead: the shards' own headers and ends.
+        manifest: the manifest with its codebooks.
+    """
+
+    images: int
+    pairs: int
+    image_data: int
+    records: int
+    shard_overhead: int
+    manifest: int
+
+    @property
+    def labels(self) -> int:
+        """Every byte that is not an image."""
+        return self.records + self.shard_overhead + self.manifest
+
+    def labels_at(self, images: int, epochs: int) -> float:
+        """Label bytes of a larger dataset: records grow with the pairs, headers with the images, the manifest stays."""
+        return self.records / self.pairs * images * epochs + self.shard_overhead / self.images * images + self.manifest
+
+
+def measure(dataset: DistilledDataset) -> Footprint:
+    """Measures the files of a dataset."""
+    manifest = dataset.manifest
+    shards = [_measure_shard(dataset.path / entry.name) for entry in manifest.shards]
+    return Footprint(
+        images=manifest.images.count,
+        pairs=manifest.records.epochs * sum(entry.pairs_per_epoch for entry in manifest.shards),
+        image_data=sum(shard.image_data for shard in shards),
+        records=sum(shard.records for shard in shards),
+        shard_overhead=sum(shard.overhead for shard in shards),
+        manifest=(dataset.path / MANIFEST_NAME).stat().st_size,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ShardSizes:
+    image_data: int
+    records: int
+    overhead: int
+
+
+def _measure_shard(path: Path) -> _ShardSizes:
+    with tarfile.open(path) as archive:
+        members = archive.getmembers()
+    images = [member for member in members if member.name not in (HEADER_NAME, RECORDS_NAME)]
+    records = sum(_on_disk(member) for member in members if member.name == RECORDS_NAME)
+    return _ShardSizes(
+        image_data=sum(member.size for member in images),
+        records=records,
+        overhead=path.stat().st_size - records - sum(_on_disk(member) for member in images),
+    )
+
+
+def _on_disk(member: tarfile.TarInfo) -> int:
+    """A member's bytes in the archive: its header, its data and the padding behind."""
+    return tar.BLOCK + tar.padded(member.size)
+
+
+def measure_as(dataset: DistilledDataset, coding: Coding) -> Footprint:
+    """Measures the same dataset with its records coded as asked, by writing it.
+
+    Raises:
+        ConfigError: derived coding of pairs that were not drawn by the format's own rule.
+    """
+    if dataset.manifest.records.coding == coding:
+        return measure(dataset)
+    with tempfile.TemporaryDirectory() as folder:
+        recode(dataset, coding, Path(folder))
+        with open_dataset(folder) as recoded:
+            return measure(recoded)
+
+
+def recode(dataset: DistilledDataset, coding: Coding, out: Path) -> None:
+    """Writes the dataset into the folder `out` with its records coded as asked.
+
+    Raises:
+        ConfigError: derived coding of pairs that were not drawn by the format's own rule.
+    """
+    manifest = dataset.manifest
+    recoded = replace(manifest, records=replace(manifest.records, coding=coding))
+    entries = tuple(
+        _recode_shard(shard, number, recoded.layout(number), manifest.records.epochs, out / entry.name)
+        for number, (shard, entry) in enumerate(zip(dataset.shards, manifest.shards, strict=True))
+    )
+    replace(recoded, shards=entries).save(out / MANIFEST_NAME)
+
+
+def soft_label_bytes(dataset: DistilledDataset) -> float:
+    """Bytes of fp16 soft labels for all of a dataset's pairs: one epoch, written and measured, times the epochs."""
+    manifest = dataset.manifest
+    pairs = epoch_pairs(dataset)
+    each = fkd_bytes_per_pair(pairs, size=manifest.images.size, num_classes=len(manifest.dataset.class_names))
+    return each * len(pairs) * manifest.records.epochs
+
+
+def fkd_bytes_per_pair(pairs: PairRecords, *, size: int, num_classes: int, form: Form = "fp16") -> float:
+    """Bytes a pair takes in a store of soft labels, measured by writing the given pairs into one."""
+    store = FkdStore(size=size, num_classes=num_classes, form=form)
+    with tempfile.TemporaryDirectory() as folder:
+        return store.write_epoch(Path(folder), 0, pairs) / len(pairs)
+
+
+def epoch_pairs(dataset: DistilledDataset) -> PairRecords:
+    """The pairs of the first stored epoch, of all shards."""
+    parts = [shard.records(0) for shard in dataset.shards]
+    return PairRecords(
+        **{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(PairRecords)}
+    )
+
+
+def in_full_batches(pairs: PairRecords) -> PairRecords:
+    """500 of the pairs (repeated where there are fewer): a small dataset's last batch would be too dear."""
+    return pairs.take(np.resize(np.arange(len(pairs)), FULL_BATCHES * BATCH))
+
+
+def _recode_shard(shard: ShardReader, number: int, layout: RecordLayout, epochs: int, path: Path) -> ShardEntry:
+    images = [
+        EncodedImage(index=index, label=label, data=shard.image_bytes(position))
+        for position, (index, label) in enumerate(zip(shard.indices.tolist(), shard.labels.tolist(), strict=True))
+    ]
+    extension = Path(shard.header.members[0].name).suffix.removeprefix(".")
+    blocks = [_recode_epoch(shard.records(epoch), number, epoch, layout) for epoch in range(epochs)]
+    return write_shard(path, shard=number, images=images, extension=extension, blocks=blocks, layout=layout)
+
+
+def _recode_epoch(records: PairRecords, shard: int, epoch: int, layout: RecordLayout) -> bytes:
+    drawn = draw_pairs(layout, shard, epoch)
+    if not _same_pairs(records, drawn, layout):
+        raise ConfigError(
+            f"shard {shard}, epoch {epoch}: the pairs are not those the format draws for seed {layout.seed}, so they "
+            "cannot be coded anew; measure a dataset as it was built"
+        )
+    levels_org = quantize(records.distance_org, layout.levels)
+    levels_aug = quantize(records.distance_aug, layout.levels)
+    return encode_epoch(drawn, layout, levels_org, levels_aug)
+
+
+def _same_pairs(records: PairRecords, drawn: PairDraws, layout: RecordLayout) -> bool:
+    expected = expand_pairs(drawn, layout)
+    columns = [f.name for f in fields(PairRecords) if not f.name.startswith("distance")]
+    return all(np.array_equal(getattr(records, name), getattr(expected, name)) for name in columns)

@@ -1,0 +1,133 @@
+"""Benchmark records: what ran where, tables, and the dated files in the results folder."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from nrrdd_format.errors import OutputError
+from nrrdd_format.files import atomic_write
+
+PACKAGES = ("nrrdd", "torch", "torchvision", "numpy", "pillow", "zstandard")
+
+
+def provenance(module: str, seeds: Sequence[int]) -> dict[str, Any]:
+    """Hardware, versions, command and seeds of this process, as JSON values.
+
+    Args:
+        module: the module that was started with `python -m`.
+        seeds: every seed the run used.
+    """
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": command_line(module, sys.argv[1:]),
+        "seeds": list(seeds),
+        "hardware": hardware(),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+    }
+
+
+def command_line(module: str, arguments: Sequence[str]) -> str:
+    """The command as it can be published: of an absolute path only the last part, the rest is the machine's own."""
+    return " ".join([f"python -m {module}", *map(_published, arguments)])
+
+
+def _published(argument: str) -> str:
+    option, equals, value = argument.rpartition("=")
+    path = Path(value)
+    return f"{option}{equals}…/{path.name}" if path.is_absolute() else shlex.quote(argument)
+
+
+def hardware() -> dict[str, Any]:
+    """The processor, the cores this process may use, and the GPU if there is one."""
+    import torch  # here, so that a table can be written without it
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"processor": _processor(), "cores": usable_cores(), "gpu": gpu}
+
+
+def usable_cores() -> int:
+    """Processor cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded to read well in a terminal; all columns but the first on the right."""
+    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
+    rule = [("-" * width if column == 0 else "-" * (width - 1) + ":") for column, width in enumerate(widths)]
+    return "\n".join(_table_line(line, widths) for line in [header, rule, *rows])
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON value, whole or not at all, making the folder when missing.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    make_folder(path.parent)
+    with atomic_write(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text, whole or not at all, making the folder when missing.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    make_folder(path.parent)
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot make the folder ({error.strerror}); choose a writable place") from error
+
+
+def provenance_text(facts: dict[str, Any]) -> str:
+    """The provenance as a Markdown paragraph and the command as a code block."""
+    machine = facts["hardware"]
+    device = machine["gpu"] or f"{machine['cores']} cores of {machine['processor']}"
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    seeds = ", ".join(map(str, facts["seeds"]))
+    return f"{facts['date']}, on {device}; {versions}; seeds {seeds}.\n\n```\n{facts['command']}\n```\n"
+
+
+def _table_line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first, *others = zip(cells, widths, strict=True)
+    return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + " |"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    """The processor's name; Linux keeps it in /proc/cpuinfo."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

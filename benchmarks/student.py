@@ -1,0 +1,278 @@
+"""Trains a student on a distilled dataset and measures it on real test images.
+
+The recipe is the paper's and RDED's: AdamW at 1e-3 with weight decay 0.01 (none on BatchNorm and biases), 300 epochs,
+a cosine that ends at half of its start. The reported top-1 is that of the last epoch; no epoch is chosen by its result.
+
+Shapes: B pairs, K classes, S the side in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from builders.models import create_model
+from builders.progress import Progress
+from builders.sources import Source, load_source
+from builders.teacher import Teacher, load_teacher, measure_top1
+from loaders import CompactLoss, DBRBatch, DBRLoader, DBRLoss, OneHotLoss, SoftLoss
+from nrrdd_format import draws
+from nrrdd_format.dataset import open_dataset
+from nrrdd_format.errors import ConfigError, DataError, TeacherError
+from nrrdd_format.manifest import Manifest
+
+Labels = Literal["dbr", "soft", "compact", "one-hot"]
+Sce = Literal["sample", "batch", "target", "entropy"]
+Distance = Literal["l1", "huber", "squared"]
+
+IMAGENET_CLASSES = 1000
+"""The classes that torchvision's pretrained networks know."""
+
+BatchTerms = Callable[[Tensor, DBRBatch], dict[str, Tensor]]
+"""From the student's logits (B, K) and the batch to scalars: `loss`, and what else is worth reporting."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """How a student is trained. `None` means: what suits the dataset."""
+
+    labels: Labels
+    architecture: str | None = None
+    epochs: int = 300
+    batch_size: int | None = None
+    """Pairs a step; by default 10, 50 or 100 for up to 1, up to 10, or more images per class."""
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    radius: float = 0.4
+    """Of the DBR loss: cross-entropy below it costs nothing."""
+    sce: Sce = "sample"
+    distance: Distance = "l1"
+    soft_temperature: float = 1.0
+    """Of both softmaxes of the soft labels' KL; RDED uses 20."""
+    teacher_checkpoint: Path | None = None
+    """The dataset's teacher, for soft labels."""
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        _positive("--epochs", self.epochs)
+        _positive("--learning-rate", self.learning_rate)
+        _positive("--soft-temperature", self.soft_temperature)
+        if self.batch_size is not None:
+            _positive("--batch-size", self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentResult:
+    """What a training came to.
+
+    Attributes:
+        top1: share of the test images classified correctly after the last epoch.
+        test_images: how many there were.
+        loss: mean training loss of the last epoch.
+        clipped_share: share of the last epoch's pairs whose cross-entropy the DBR loss clipped; None for other labels.
+        seconds: wall time of the training, without the test.
+        settings: every setting as resolved, JSON values.
+    """
+
+    top1: float
+    test_images: int
+    loss: float
+    clipped_share: float | None
+    seconds: float
+    settings: dict[str, Any]
+
+
+def train_student(dataset: Path, source: Source, config: StudentConfig) -> StudentResult:
+    """Trains a student on the distilled dataset at `dataset` and tests it on `source.test`.
+
+    Raises:
+        DataError: the source has other classes than the dataset, or no test images.
+        TeacherError: soft labels without the dataset's own teacher.
+        ConfigError: an option that cannot work.
+        FormatError: the dataset is damaged.
+    """
+    manifest = open_dataset(dataset).manifest
+    check_classes(manifest.dataset.class_names, source.class_names)
+    if source.test is None:
+        raise DataError(f"{source.name}: no test images beside the training images; name their folder with --test-dir")
+    architecture = config.architecture or source.default_model
+    batch_size = pick_batch_size(config.batch_size, manifest)
+    model = _create_seeded(architecture, manifest, config).to(config.device)
+    terms = make_terms(config, manifest)
+    loader = DBRLoader(dataset, batch_size, seed=config.seed, device=config.device)
+    started = time.perf_counter()
+    final = _train(model, loader, terms, config)
+    seconds = time.perf_counter() - started
+    return StudentResult(
+        top1=measure_top1(model, source.test, manifest.images.mean, manifest.images.std, device=config.device),
+        test_images=len(source.test),
+        loss=final["loss"],
+        clipped_share=final.get("clipped_share"),
+        seconds=seconds,
+        settings=_settings(config, architecture, batch_size),
+    )
+
+
+def load_matching_source(
+    manifest: Manifest, *, name: str | None, data_dir: Path | None, test_dir: Path | None
+) -> Source:
+    """Loads the source that a dataset was built from, with the dataset's classes only.
+
+    Args:
+        manifest: the dataset's.
+        name: the source's name; None takes the manifest's.
+        data_dir, test_dir: where its images lie.
+
+    Raises:
+        DataError: its images are missing, or it has other classes.
+    """
+    classes, size = manifest.dataset.class_names, manifest.images.size
+    chosen = name or manifest.dataset.name
+    load = partial(
+        load_source, chosen, data_dir=data_dir, test_dir=test_dir, size=size if chosen == "imagefolder" else None
+    )
+    source = load()
+    if set(classes) < set(source.class_names):
+        source = load(classes=manifest.dataset.wnids or classes)
+    check_classes(classes, source.class_names)
+    return source
+
+
+def check_classes(expected: Sequence[str], found: Sequence[str]) -> None:
+    """Refuses a source whose classes are not the dataset's, in the same order, naming the first difference."""
+    for number, (theirs, ours) in enumerate(zip(found, expected, strict=False)):
+        if theirs != ours:
+            raise DataError(
+                f"class {number} of the source is {theirs!r}, expected {ours!r} as in the dataset's manifest; "
+                "give the source that the dataset was built from (--dataset, --data-dir)"
+            )
+    if len(found) != len(expected):
+        raise DataError(
+            f"the source has {len(found)} classes, expected {len(expected)} as in the dataset's manifest; "
+            "give the source that the dataset was built from (--dataset, --data-dir)"
+        )
+
+
+def pick_batch_size(asked: int | None, manifest: Manifest) -> int:
+    """Pairs a step: as asked for, else the recipe's size for the images per class; never more than the images."""
+    images = manifest.images
+    recipe = 10 if images.ipc <= 1 else 50 if images.ipc <= 10 else 100
+    return min(asked or recipe, images.count)
+
+
+def make_terms(config: StudentConfig, manifest: Manifest) -> BatchTerms:
+    """The loss for the labels asked for."""
+    if config.labels == "dbr":
+        temperature = manifest.records.temperature
+        return DBRLoss(radius=config.radius, sce=config.sce, distance=config.distance, temperature=temperature).terms
+    if config.labels == "soft":
+        return _soft_terms(load_dataset_teacher(manifest, config.teacher_checkpoint, config.device), config)
+    loss = CompactLoss() if config.labels == "compact" else OneHotLoss()
+    return lambda logits, batch: {"loss": loss(logits, batch)}
+
+
+def load_dataset_teacher(manifest: Manifest, checkpoint: Path | None, device: str) -> Teacher:
+    """Loads the teacher a dataset was labelled by; without a checkpoint, torchvision's pretrained weights.
+
+    Raises:
+        TeacherError: there are no such weights, or they are not those named in the manifest.
+    """
+    if checkpoint is None and len(manifest.dataset.class_names) != IMAGENET_CLASSES:
+        raise TeacherError("soft labels need the dataset's own teacher; name its checkpoint with --teacher-checkpoint")
+    teacher = load_teacher(
+        manifest.teacher.architecture,
+        checkpoint,
+        num_classes=len(manifest.dataset.class_names),
+        image_size=manifest.images.size,
+        device=device,
+        class_names=manifest.dataset.class_names,
+    )
+    if teacher.sha256 != manifest.teacher.sha256:
+        raise TeacherError(
+            f"teacher {checkpoint or teacher.architecture}: weights have SHA-256 {teacher.sha256}, expected "
+            f"{manifest.teacher.sha256} as in the manifest; name the dataset's own teacher with --teacher-checkpoint"
+        )
+    return teacher
+
+
+def _soft_terms(teacher: Teacher, config: StudentConfig) -> BatchTerms:
+    loss = SoftLoss(config.soft_temperature)
+
+    def soft(logits: Tensor, batch: DBRBatch) -> dict[str, Tensor]:
+        with torch.no_grad():
+            teacher_logits = teacher.model(batch.images)
+        return {"loss": loss(logits, batch, teacher_logits)}
+
+    return soft
+
+
+def _create_seeded(architecture: str, manifest: Manifest, config: StudentConfig) -> nn.Module:
+    """A new student. Its initial weights follow from the seed alone; the caller's random state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(draws.torch_seed(config.seed, "student-weights"))
+        return create_model(architecture, len(manifest.dataset.class_names), manifest.images.size)
+
+
+def _train(model: nn.Module, loader: DBRLoader, terms: BatchTerms, config: StudentConfig) -> dict[str, float]:
+    """Trains for all epochs; returns the means of the last one."""
+    optimizer = make_optimizer(model, config)
+    model.train()
+    with Progress(config.epochs, f"student, {config.labels}", "epoch") as progress:
+        for epoch in range(config.epochs):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(epoch, config)
+            loader.set_epoch(epoch)
+            means = _train_epoch(model, loader, terms, optimizer)
+            progress.advance(loss=means["loss"])
+    return means
+
+
+def learning_rate(epoch: int, config: StudentConfig) -> float:
+    """lr·½(1 + cos(π·e/2E)): RDED's "smoothing", which ends at half of its start."""
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / (2 * config.epochs)))
+
+
+def make_optimizer(model: nn.Module, config: StudentConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on weight matrices and kernels only; BatchNorm's parameters and biases are vectors."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.999))
+
+
+def _train_epoch(
+    model: nn.Module, loader: DBRLoader, terms: BatchTerms, optimizer: torch.optim.Optimizer
+) -> dict[str, float]:
+    """One pass over the pairs; returns the mean of every term."""
+    totals: dict[str, Tensor] = {}
+    pairs = 0
+    for batch in loader:
+        values = terms(model(batch.images), batch)
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(values["loss"])
+        optimizer.step()
+        for name, value in values.items():
+            totals[name] = totals.get(name, torch.zeros_like(value)) + len(batch) * value.detach()
+        pairs += len(batch)
+    return {name: total.item() / pairs for name, total in totals.items()}
+
+
+def _settings(config: StudentConfig, architecture: str, batch_size: int) -> dict[str, Any]:
+    resolved = asdict(config) | {"architecture": architecture, "batch_size": batch_size}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in resolved.items()}
+
+
+def _positive(option: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"{option}: found {value}, expected a positive number")

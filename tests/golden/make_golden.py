@@ -1,4 +1,6 @@
-"""Makes the golden datasets of the current format version: `python tests/golden/make_golden.py`.
+"""Makes the golden datasets of the current format version.
+
+Run from the repository: `PYTHONPATH=.:tests python tests/golden/make_golden.py`.
 
 They hold generated images only. Each folder has a dataset and `expected.json`, the content every reader must find in
 it. Golden folders of released versions are never made again, only added to.
@@ -9,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
-
 from tiny_dataset import tiny_manifest, write_tiny
 
 from nrrdd_format.dataset import open_dataset
@@ -28,6 +25,7 @@ from nrrdd_format.manifest import VERSION
 from nrrdd_format.records import Coding
 from nrrdd_format.shards import ShardReader
 
+HERE = Path(__file__).resolve().parent
 CODINGS: tuple[Coding, ...] = ("explicit", "derived")
 
 

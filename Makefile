@@ -20,9 +20,7 @@ LOCKED = $(if $(shell command -v flock),flock .venv.lock) $(MAKE) --no-print-dir
 .PHONY: demo test lint test-oldest clean distclean .venv .venv-oldest
 
 demo: .venv
-	@$(BIN)/nrrdd teacher --dataset digits --out $(DEMO)/teacher.pt
-	@$(BIN)/build-distilled --dataset digits --ipc 10 --teacher-checkpoint $(DEMO)/teacher.pt --out $(DEMO)/digits-ipc10
-	@$(BIN)/nrrdd student $(DEMO)/digits-ipc10 --dataset digits --labels dbr
+	@$(BIN)/python -m benchmarks.demo --out $(DEMO)
 
 test: .venv
 	@$(BIN)/python $(PYTEST) $(COVERAGE)

@@ -59,6 +59,7 @@ PREVIEW_EPILOG = """\
 example:
   nrrdd preview digits-ipc10 --out pictures
 Writes contact-sheet.png (the first image of every class, at most 50) and distances.png (both distances).
+Where the build's work folder is still there, the sheet also shows the initial images and the masks.
 """
 
 Verb = Callable[[argparse.Namespace], int]
@@ -93,7 +94,13 @@ def run_teacher(options: argparse.Namespace) -> int:
     from benchmarks.teacher import TeacherConfig, log_path, summary, train_and_save
     from builders.sources import load_source
 
-    source = load_source(options.source, data_dir=options.data_dir, test_dir=options.test_dir)
+    source = load_source(
+        options.source,
+        data_dir=options.data_dir,
+        test_dir=options.test_dir,
+        classes=options.classes,
+        size=options.size,
+    )
     config = TeacherConfig(
         architecture=options.architecture,
         epochs=options.epochs,
@@ -168,9 +175,14 @@ def run_verify(options: argparse.Namespace) -> int:
 
 def run_preview(options: argparse.Namespace) -> int:
     """`nrrdd preview`."""
-    from builders.preview import preview_dataset
+    from builders.preview import redraw
 
-    written = preview_dataset(options.path, options.out or options.path.with_name(options.path.name + ".preview"))
+    beside = options.path.resolve()
+    written = redraw(
+        options.path,
+        options.out or beside.with_name(beside.name + ".preview"),
+        work=options.work_dir or beside.with_name(beside.name + ".work"),
+    )
     print(written.contact_sheet)
     print(written.histogram)
     return 0
@@ -192,6 +204,8 @@ def _add_verb(
 
 def _add_teacher(parser: argparse.ArgumentParser) -> None:
     add_source(parser, required=True)
+    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="only these classes (names or WNIDs)")
+    parser.add_argument("--size", type=int, metavar="PX", help="side of the images; imagefolder only")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the checkpoint to write")
     parser.add_argument("--architecture", metavar="ARCH", help="the network (default: the dataset's convD or resnet18)")
     parser.add_argument("--epochs", type=int, default=100, metavar="N", help="passes over the training images (100)")
@@ -240,6 +254,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 def _add_preview(parser: argparse.ArgumentParser) -> None:
     _add_dataset(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the pictures (default: DATASET.preview)")
+    parser.add_argument("--work-dir", type=Path, metavar="DIR", help="the build's work folder (default: DATASET.work)")
 
 
 def _add_dataset(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from nrrdd_format.errors import NrrddError
+from nrrdd_format.errors import ConfigError, NrrddError
 
 
 def run(command: Callable[[], int]) -> int:
@@ -48,9 +48,14 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def pick_device(name: str) -> str:
-    """Resolves `auto` to `cuda` where there is a GPU, else `cpu`."""
-    if name != "auto":
-        return name
+    """Resolves `auto` to `cuda` where there is a GPU, else `cpu`.
+
+    Raises:
+        ConfigError: `cuda` without a GPU.
+    """
     import torch  # here, so that --help needs no torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError("--device: found cuda, but torch sees no GPU; leave the option out or say cpu")
+    return "cuda" if available and name != "cpu" else "cpu"

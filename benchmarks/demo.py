@@ -23,7 +23,7 @@ NETWORK = "conv3-w32"
 IPC = 10
 EPOCHS = 300
 ITERATIONS = 300
-TEACHER_EPOCHS = 20
+TEACHER_EPOCHS = 8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from nrrdd_format import draws
+from nrrdd_format.errors import OutputError
 from nrrdd_format.records import PairRecords
 
 Form = Literal["fp16", "fp32", "top5"]
@@ -83,5 +84,8 @@ def _batches(records: PairRecords) -> Iterator[PairRecords]:
 
 
 def _save(batch: list[Any], path: Path) -> int:
-    torch.save(batch, path)
+    try:
+        torch.save(batch, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's own writer, as when the disk is full
+        raise OutputError(f"{path}: cannot write ({error}); make room, or set TMPDIR to a larger disk") from error
     return path.stat().st_size

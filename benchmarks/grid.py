@@ -122,7 +122,9 @@ def run_cell(grid: Grid, cell: Cell, source: Source) -> Result:
     path = cell_path(grid, cell)
     if path.is_file():
         return Result(**json.loads(path.read_text()))
-    dataset = build(build_config(grid, cell))
+    dataset = dataset_path(grid, cell)
+    if not dataset.is_dir():  # a folder under its final name is whole
+        build(build_config(grid, cell))
     config = StudentConfig(
         labels=cell.labels,
         architecture=grid.student,

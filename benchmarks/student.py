@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -101,22 +102,24 @@ def train_student(dataset: Path, source: Source, config: StudentConfig) -> Stude
         FormatError: the dataset is damaged.
     """
     manifest = open_dataset(dataset).manifest
-    check_classes(manifest.dataset.class_names, source.class_names)
+    check_source(manifest, source)
     if source.test is None:
         raise DataError(f"{source.name}: no test images beside the training images; name their folder with --test-dir")
     architecture = config.architecture or source.default_model
     batch_size = pick_batch_size(config.batch_size, manifest)
-    model = _create_seeded(architecture, manifest, config).to(config.device)
     terms = make_terms(config, manifest)
     loader = DBRLoader(dataset, batch_size, seed=config.seed, device=config.device)
-    started = time.perf_counter()
-    final = _train(model, loader, terms, config)
-    seconds = time.perf_counter() - started
+    with _seeded(config.seed):
+        model = create_model(architecture, len(source.class_names), manifest.images.size).to(config.device)
+        started = time.perf_counter()
+        means = _train(model, loader, terms, config)
+        seconds = time.perf_counter() - started
+        top1 = measure_top1(model, source.test, manifest.images.mean, manifest.images.std, device=config.device)
     return StudentResult(
-        top1=measure_top1(model, source.test, manifest.images.mean, manifest.images.std, device=config.device),
+        top1=top1,
         test_images=len(source.test),
-        loss=final["loss"],
-        clipped_share=final.get("clipped_share"),
+        loss=means["loss"],
+        clipped_share=means.get("clipped_share"),
         seconds=seconds,
         settings=_settings(config, architecture, batch_size),
     )
@@ -125,7 +128,7 @@ def train_student(dataset: Path, source: Source, config: StudentConfig) -> Stude
 def load_matching_source(
     manifest: Manifest, *, name: str | None, data_dir: Path | None, test_dir: Path | None
 ) -> Source:
-    """Loads the source that a dataset was built from, with the dataset's classes only.
+    """Loads the source that a dataset was built from; where it has more classes, the dataset's only.
 
     Args:
         manifest: the dataset's.
@@ -133,7 +136,8 @@ def load_matching_source(
         data_dir, test_dir: where its images lie.
 
     Raises:
-        DataError: its images are missing, or it has other classes.
+        ConfigError: an unknown name, or an option that this source does not take.
+        DataError: its images are missing.
     """
     classes, size = manifest.dataset.class_names, manifest.images.size
     chosen = name or manifest.dataset.name
@@ -143,12 +147,25 @@ def load_matching_source(
     source = load()
     if set(classes) < set(source.class_names):
         source = load(classes=manifest.dataset.wnids or classes)
-    check_classes(classes, source.class_names)
     return source
 
 
+def check_source(manifest: Manifest, source: Source) -> None:
+    """Refuses a source whose classes or image size are not the dataset's.
+
+    Raises:
+        DataError: naming the first difference.
+    """
+    check_classes(manifest.dataset.class_names, source.class_names)
+    if source.size != manifest.images.size:
+        raise DataError(
+            f"the source's images are read at {source.size} px, expected {manifest.images.size} as in the dataset's "
+            "manifest; give the source that the dataset was built from (--dataset, --data-dir)"
+        )
+
+
 def check_classes(expected: Sequence[str], found: Sequence[str]) -> None:
-    """Refuses a source whose classes are not the dataset's, in the same order, naming the first difference."""
+    """Refuses other classes than those expected, in the same order; DataError names the first difference."""
     for number, (theirs, ours) in enumerate(zip(found, expected, strict=False)):
         if theirs != ours:
             raise DataError(
@@ -215,11 +232,12 @@ def _soft_terms(teacher: Teacher, config: StudentConfig) -> BatchTerms:
     return soft
 
 
-def _create_seeded(architecture: str, manifest: Manifest, config: StudentConfig) -> nn.Module:
-    """A new student. Its initial weights follow from the seed alone; the caller's random state stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(draws.torch_seed(config.seed, "student-weights"))
-        return create_model(architecture, len(manifest.dataset.class_names), manifest.images.size)
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seeds torch's global generators, which initial weights and dropout draw from, and restores them afterwards."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(draws.torch_seed(seed, "student"))
+        yield
 
 
 def _train(model: nn.Module, loader: DBRLoader, terms: BatchTerms, config: StudentConfig) -> dict[str, float]:

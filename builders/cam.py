@@ -1,22 +1,20 @@
 """Class activation maps: where in an image a classifier sees the class (paper, Eq. 1; Zhou et al. 2016).
 
-The map of class y is C = Σ_k w_k^y · f_k(x): f the last feature map, w the weights of the linear layer behind it. This holds
-for two kinds of networks: those that average the feature map over space, and those that flatten it (`convD`), whose
-weights then differ from place to place: C(u,v) = Σ_k w_{k,u,v}^y · f_k(u,v).
+The map of class y is C = Σ_k w_k^y · f_k(x): f the last feature map, w the weights of the linear layer behind it. This
+holds for two kinds of networks: those that average the feature map over space, and those that flatten it (`convD`),
+whose weights then differ from place to place: C(u,v) = Σ_k w_{k,u,v}^y · f_k(u,v).
 
 Shapes: B images of side S, K channels of the feature map, h × w its places, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from nrrdd_format.errors import TeacherError
 
@@ -117,7 +115,7 @@ class _Call:
 def _examine(model: nn.Module, image_size: int, name: str) -> _Anatomy:
     """Finds the head and the last feature map from what the modules do to a probe, and checks that they fit."""
     calls = _trace(model, image_size)
-    last = next(call for call in reversed(calls) if not any(call.module.children()))
+    last = next(call for call in reversed(calls) if next(call.module.children(), None) is None)
     if not isinstance(last.module, nn.Linear):
         raise _refusal(name, f"its last layer is {type(last.module).__name__}, expected a linear head")
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
@@ -128,7 +126,9 @@ def _examine(model: nn.Module, image_size: int, name: str) -> _Anatomy:
         raise _refusal(name, f"its head has {len(linear)} linear layers, expected one behind the last feature map")
     features = calls[position]
     if features.output[0, 0].numel() == 1:
-        raise _refusal(name, f"at {image_size} px its last feature map is a single place; take resnet18-small or convD")
+        raise _refusal(
+            name, f"at {image_size} px its last feature map has a single place; resnet18-small shrinks images less"
+        )
     pooling = _pooling(features.output, last.input)
     if pooling is None:
         raise _refusal(name, "neither mean nor flattening of its last feature map gives the input of its linear layer")
@@ -147,13 +147,9 @@ def _is_map(call: _Call) -> bool:
 
 def _pooling(features: Tensor, head_input: Tensor) -> Pooling | None:
     """How `features` (B, K, h, w) became `head_input`, by comparing the numbers."""
-    ways: dict[Pooling, Callable[[Tensor], Tensor]] = {
-        "mean": lambda f: f.mean((2, 3)),
-        "flatten": lambda f: f.flatten(1),
-    }
+    ways: list[tuple[Pooling, Tensor]] = [("mean", features.mean((2, 3))), ("flatten", features.flatten(1))]
     tolerance = PROBE_TOLERANCE * float(head_input.abs().max())
-    for pooling, pool in ways.items():
-        pooled = pool(features)
+    for pooling, pooled in ways:
         if pooled.shape == head_input.shape and float((pooled - head_input).abs().max()) < tolerance:
             return pooling
     return None
@@ -163,13 +159,11 @@ def _pooling(features: Tensor, head_input: Tensor) -> Pooling | None:
 def _trace(model: nn.Module, image_size: int) -> list[_Call]:
     """Every call of every module on a probe of noise, in the order in which the calls end."""
     calls: list[_Call] = []
-    handles: list[RemovableHandle] = []
 
     def keep(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         calls.append(_Call(module=module, input=inputs[0] if inputs else None, output=output))
 
-    for module in model.modules():
-        handles.append(module.register_forward_hook(keep))
+    handles = [module.register_forward_hook(keep) for module in model.modules()]
     device = next(model.parameters()).device
     noise = torch.randn(PROBE_IMAGES, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     try:

@@ -16,7 +16,7 @@ from nrrdd_format.errors import NrrddError
 EPILOG = """\
 examples:
   build-distilled --dataset digits --ipc 10 --teacher-checkpoint digits-teacher.pt --out digits-ipc10
-      the embedded dataset, on any machine; its teacher comes from: nrrdd teacher --dataset digits --out digits-teacher.pt
+      the embedded dataset; its teacher: nrrdd teacher --dataset digits --out digits-teacher.pt
   build-distilled --dataset imagenet --ipc 200 --data-dir /data/imagenet --out imagenet-ipc200
       ImageNet-1k with torchvision's pretrained ResNet-18 as teacher
   torchrun --nproc-per-node 8 -m builders --dataset imagenet --ipc 200 --data-dir /data/imagenet --out imagenet-ipc200

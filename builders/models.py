@@ -4,8 +4,8 @@ Two families that the distillation papers use and torchvision lacks are defined 
 
 - `convD`, `convD-wW`: D blocks of 3×3 convolution (W = 128 channels), BatchNorm, ReLU and 2×2 average pool, then one
   linear layer on the flattened map. conv3 is the papers' network for 32 px, conv4 for 64, conv5 for 128.
-- `resnet18-small`, `resnet18-small-wW`: ResNet-18 for images of 32 to 64 px: a 3×3 stem of stride 1, no max-pool; W = 64
-  channels in the first of its four stages.
+- `resnet18-small`, `resnet18-small-wW`: ResNet-18 for images of 32 to 64 px: a 3×3 stem of stride 1, no max-pool;
+  W = 64 channels in the first of its four stages.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import OrderedDict
+from http.client import HTTPException
 from typing import Any
 
 import torch
@@ -31,11 +32,11 @@ def create_model(architecture: str, num_classes: int, image_size: int, *, pretra
     """Makes a classifier (B, 3, image_size, image_size) float32 -> logits (B, num_classes), in training mode.
 
     Args:
-        architecture: `conv3`, `conv3-w32`, `resnet18-small`, `resnet18-small-w16` or the like, or the name of a torchvision
-            classification model.
+        architecture: `conv3`, `conv3-w32`, `resnet18-small`, `resnet18-small-w16` or the like, or the name of a
+            torchvision classification model.
         num_classes: length of the logits.
         image_size: side of the images in pixels; the weights of `convD` and torchvision's transformers depend on it.
-        pretrained: take torchvision's best ImageNet-1k weights instead of random ones drawn from torch's global generator.
+        pretrained: take torchvision's best ImageNet-1k weights; otherwise torch's global generator draws them.
 
     Raises:
         ConfigError: the name is unknown, or the network does not fit `num_classes` or `image_size`.
@@ -135,20 +136,16 @@ def _torchvision_model(architecture: str, num_classes: int, image_size: int, pre
     if architecture not in zoo.list_models(module=zoo):
         raise ConfigError(_unknown(architecture))
     try:
-        model = (
-            _pretrained(architecture, num_classes) if pretrained else _untrained(architecture, num_classes, image_size)
-        )
+        if pretrained:
+            model = _pretrained(architecture, num_classes)
+        else:
+            model = zoo.get_model(architecture, weights=None, **_options(architecture, num_classes, image_size))
         _probe(model, image_size)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(
             f"{architecture}: cannot take images of {image_size} px ({_first_line(error)}); take another network or "
             "larger images (resnet18-small takes 8 px and more)"
         ) from error
-    return model
-
-
-def _untrained(architecture: str, num_classes: int, image_size: int) -> nn.Module:
-    model: nn.Module = zoo.get_model(architecture, weights=None, **_options(architecture, num_classes, image_size))
     return model
 
 
@@ -181,7 +178,7 @@ def _pretrained(architecture: str, num_classes: int) -> nn.Module:
         )
     try:
         model: nn.Module = zoo.get_model(architecture, weights="DEFAULT")
-    except (OSError, RuntimeError) as error:  # no network, disk full; RuntimeError: the file's hash is wrong
+    except (OSError, HTTPException, RuntimeError) as error:  # the last: the file is damaged
         url = zoo.get_model_weights(architecture)["DEFAULT"].url
         raise TeacherError(
             f"{architecture}: pretrained weights cannot be downloaded ({_first_line(error)}); get {url} where there is "
@@ -199,6 +196,6 @@ def _unknown(architecture: str) -> str:
     close = difflib.get_close_matches(architecture, known, n=3)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     return (
-        f"unknown architecture {architecture!r}; {hint}expected convD or convD-wW (conv3, conv3-w32), resnet18-small or "
-        "resnet18-small-wW, or the name of a torchvision classification model (resnet18, mobilenet_v2, …)"
+        f"unknown architecture {architecture!r}; {hint}expected convD or convD-wW (conv3, conv3-w32), resnet18-small "
+        "or resnet18-small-wW, or the name of a torchvision classification model (resnet18, mobilenet_v2, …)"
     )

@@ -24,6 +24,8 @@ Masks = NDArray[np.float32]
 
 CONTACT_SHEET = "contact-sheet.png"
 HISTOGRAM = "distances.png"
+# What a build keeps of the shown images in the work folder of its last stage.
+SHOWN_INDICES, SHOWN_INITIAL, SHOWN_MASK = "shown-indices.npy", "shown-initial.npy", "shown-mask.npy"
 COLUMNS = 10
 MOST_CLASSES = 50
 GAP = 2
@@ -74,9 +76,7 @@ def write_contact_sheet(
     _save(figure, path)
 
 
-def write_distance_histogram(
-    path: Path, distance_org: NDArray[np.float32], distance_aug: NDArray[np.float32]
-) -> None:
+def write_distance_histogram(path: Path, distance_org: NDArray[np.float32], distance_aug: NDArray[np.float32]) -> None:
     """Writes a PNG that says how often each level of both distances occurs, in nats on a logarithmic axis.
 
     Args:
@@ -130,6 +130,34 @@ def preview_dataset(
         )
         write_distance_histogram(out / HISTOGRAM, *_distances(dataset))
     return Preview(contact_sheet=out / CONTACT_SHEET, histogram=out / HISTOGRAM)
+
+
+def redraw(dataset_path: Path, out: Path, *, work: Path) -> Preview:
+    """Writes both pictures anew, with initial images and masks if the build's work folder still holds them.
+
+    Args:
+        dataset_path: the dataset's folder.
+        out: the folder to write to, made when missing.
+        work: the work folder of the build; it may be gone.
+
+    Raises:
+        FormatError: the dataset is damaged.
+        OutputError: a picture cannot be written.
+    """
+    with open_dataset(dataset_path) as dataset:
+        kept = work / f"writing-{dataset.manifest.method.get('build_key')}"
+    if not all((kept / name).is_file() for name in (SHOWN_INDICES, SHOWN_INITIAL, SHOWN_MASK)):
+        return preview_dataset(dataset_path, out)
+    indices, initial, mask = (
+        np.load(kept / name, allow_pickle=False) for name in (SHOWN_INDICES, SHOWN_INITIAL, SHOWN_MASK)
+    )
+    numbers = indices.tolist()
+    return preview_dataset(
+        dataset_path,
+        out,
+        initial=dict(zip(numbers, initial, strict=True)),
+        mask=dict(zip(numbers, mask, strict=True)),
+    )
 
 
 def shown_images(dataset: DistilledDataset) -> list[ShownImage]:

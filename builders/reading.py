@@ -16,6 +16,7 @@ from builders.images import UnusableImage
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, 3, S, S) uint8 and their labels (B,) int64."""
+_NO_IMAGES = torch.empty((0, 3, 1, 1), dtype=torch.uint8)
 
 
 def read_usable(images: ImageSet, indices: Iterable[int]) -> Batch:
@@ -27,12 +28,14 @@ def read_usable(images: ImageSet, indices: Iterable[int]) -> Batch:
         except UnusableImage:
             continue
         labels.append(int(images.labels[index]))
-    return torch.stack(pixels) if pixels else torch.empty((0, 3, 1, 1), dtype=torch.uint8), torch.tensor(labels)
+    return torch.stack(pixels) if pixels else _NO_IMAGES, torch.tensor(labels, dtype=torch.int64)
 
 
 def read_batches(images: ImageSet, batches: Sequence[NDArray[np.int64]], workers: int = 0) -> Iterator[Batch]:
     """Reads one batch after the other, ahead of the caller in `workers` processes (0: in this one)."""
-    yield from DataLoader(_Batches(images=images, batches=batches), batch_size=None, num_workers=workers)
+    dataset = _Batches(images=images, batches=batches)
+    generator = torch.Generator()  # otherwise the loader would draw from torch's global one
+    yield from DataLoader(dataset, batch_size=None, num_workers=workers, generator=generator)
 
 
 @dataclass(frozen=True, kw_only=True)

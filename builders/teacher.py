@@ -26,6 +26,7 @@ from nrrdd_format.replay import normalize
 
 PREFLIGHT_IMAGES = 1000
 TEST_BATCH = 256
+_SAVE_PLAIN = "save the weights alone, with torch.save(model.state_dict(), path)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,28 +58,29 @@ def save_checkpoint(path: Path, model: nn.Module, architecture: str, class_names
     Raises:
         OutputError: the file cannot be written; an older one at `path` stays as it was.
     """
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    weights = model.state_dict()
+    for name, tensor in weights.items():  # in place: a new dictionary would lose the modules' version numbers
+        weights[name] = tensor.detach().cpu().contiguous()
     with atomic_write(path) as file:
         torch.save({"architecture": architecture, "class_names": list(class_names), "state_dict": weights}, file)
 
 
-def load_weights_only(path: Path) -> dict[str, Any]:
+def load_weights_only(path: Path, remedy: str) -> dict[str, Any]:
     """Reads a file of `torch.save` that holds a dictionary of tensors and plain values; runs no code from it.
+
+    `remedy` says in the error's message what to do.
 
     Raises:
         TeacherError: the file is missing, damaged, or holds other objects.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise TeacherError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise TeacherError(
-            f"{path}: no file that torch.load(weights_only=True) reads; "
-            "save the model's state_dict alone, with torch.save(model.state_dict(), path)"
-        ) from error
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise TeacherError(f"{path}: cannot be read ({error.strerror})") from error
+    except (UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise TeacherError(f"{path}: damaged, or no file that torch.load(weights_only=True) reads; {remedy}") from error
     if not isinstance(content, dict):
-        raise TeacherError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")
+        raise TeacherError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors; {remedy}")
     return content
 
 
@@ -183,7 +185,7 @@ def load_teacher(
         architecture = architecture or _default_architecture(num_classes)
         model = create_model(architecture, num_classes, image_size, pretrained=True)
     else:
-        content = load_weights_only(checkpoint)
+        content = load_weights_only(checkpoint, _SAVE_PLAIN)
         architecture = _named_architecture(content, architecture, checkpoint)
         _check_class_names(content, class_names, checkpoint)
         model = create_model(architecture, num_classes, image_size)
@@ -238,7 +240,7 @@ def _load_weights(model: nn.Module, content: dict[str, Any], architecture: str, 
     """Loads a checkpoint's weights into `model`, after checking that names, shapes and values are sound."""
     weights = content.get("state_dict", content)
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise TeacherError(f"{path}: holds no state dict; save it with torch.save(model.state_dict(), path)")
+        raise TeacherError(f"{path}: holds no state dict; {_SAVE_PLAIN}")
     expected = model.state_dict()
     _rename(weights)
     for name in [name for name in weights if name not in expected and _AUXILIARY.match(name)]:

@@ -55,7 +55,7 @@ class EpochReport:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedTeacher:
-    """The trained network in eval mode; `top1` is its share of right answers on the test images (None: there are none)."""
+    """The trained network in eval mode; `top1` is its share of right answers on the test images, if there are any."""
 
     model: nn.Module
     top1: float | None
@@ -151,29 +151,31 @@ class _Trainer:
     def train_epoch(self, epoch: int) -> EpochReport:
         started = time.perf_counter()
         self.model.train()
-        loss_sum, right, seen = 0.0, 0, 0
+        totals = torch.zeros(2, device=self.device, dtype=torch.float64)  # loss, right answers
+        seen = 0
         with _seeded(self.run.seed, "teacher-dropout", epoch):
             for step, (images, labels) in enumerate(self.feed.batches(self.run, epoch)):
                 if len(labels) < 2:  # almost all images of the batch are unusable, and BatchNorm needs two
                     continue
                 images = augment(images, flip=self.source.flip, seed=self.run.seed, epoch=epoch, step=step)
-                loss, correct = self._step(images, labels.to(self.device))
-                loss_sum, right, seen = loss_sum + loss * len(labels), right + correct, seen + len(labels)
+                totals += self._step(images, labels.to(self.device))
+                seen += len(labels)
+        loss, right = totals.tolist()
         return EpochReport(
-            epoch=epoch, loss=loss_sum / seen, train_top1=right / seen, seconds=time.perf_counter() - started
+            epoch=epoch, loss=loss / seen, train_top1=right / seen, seconds=time.perf_counter() - started
         )
 
-    def _step(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
-        """One update; returns the mean loss of the batch and how many images it got right."""
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One update; returns the sum of the batch's losses and the number of images it got right."""
         inputs = normalize(images.to(self.device), self.source.mean, self.source.std)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             logits = self.model(inputs.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), labels)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         self.optimizer.step()
         self.schedule.step()
-        return loss.item(), int((logits.argmax(1) == labels).sum())
+        return torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
 
     def save(self, path: Path, finished: int) -> None:
         """Writes the state after `finished` epochs; the file is whole at any moment."""
@@ -189,7 +191,7 @@ class _Trainer:
 
     def resume(self, path: Path) -> int:
         """Loads a state and returns how many epochs it has finished."""
-        state = load_weights_only(path)
+        state = load_weights_only(path, remedy="remove it to start the training anew")
         other = _differences(state.get("run"), asdict(self.run))
         if other:
             raise ConfigError(f"{path}: a training state made with another {other}; repeat those options or remove it")

@@ -142,10 +142,9 @@ class DBRLoader:
             self._epoch, self._consumed, self._resume_at = epoch, 0, 0
 
     def state_dict(self) -> dict[str, object]:
-        """Where the training loop stands, after the batch it was given last: plain values, the same on all
-        ranks.
+        """Where the training loop stands: after the batch it was given last, whatever workers have prepared since.
 
-        Batches that workers have prepared ahead do not count.
+        Plain values, the same on all ranks.
         """
         return {
             "format": STATE_FORMAT,
@@ -213,11 +212,12 @@ class DBRLoader:
     def _readings(self) -> Iterator[Reading]:
         try:
             yield from self._torch_loader
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (ConnectionError, EOFError, RuntimeError) as error:
+            # Usually torch says so itself; a batch that the dead process had sent shows as a broken connection.
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             self._torch_loader = self._new_torch_loader()
-            reason = str(error).partition("\n")[0]
+            reason = str(error).partition("\n")[0] or type(error).__name__
             raise NrrddError(
                 f"a loader process has died ({reason}); if memory ran out, lower num_workers or batch_size"
             ) from error

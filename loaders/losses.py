@@ -181,8 +181,7 @@ def _distance(log_p: Tensor, labels: Tensor) -> Tensor:
 
 
 def _same_class(batch: DBRBatch) -> Tensor:
-    same: Tensor = batch.label_org == batch.label_aug
-    return same
+    return torch.eq(batch.label_org, batch.label_aug)
 
 
 def _mixed_cross_entropy(log_p: Tensor, batch: DBRBatch) -> Tensor:
@@ -193,7 +192,7 @@ def _mixed_cross_entropy(log_p: Tensor, batch: DBRBatch) -> Tensor:
 
 def _label_entropy(batch: DBRBatch) -> Tensor:
     """H(lam) of the mixed labels in nats, 0 where both classes are the same: (B,)."""
-    entropy = torch.special.entr(batch.lam) + torch.special.entr(1 - batch.lam)
+    entropy: Tensor = torch.special.entr(batch.lam) + torch.special.entr(1 - batch.lam)
     return entropy.masked_fill(_same_class(batch), 0.0)
 
 

@@ -1,8 +1,6 @@
-"""Which pairs come when: pure functions of (seed, epoch) and of how many processes share the work (SPEC.md,
-"Order").
+"""Which pairs come when: pure functions of (seed, epoch) and of how many processes share the work.
 
-The pairs of all shards are numbered through: pair t of a shard has the number (pairs of the shards before) +
-t.
+The pairs of all shards are numbered through: pair t of a shard has the number (pairs of the shards before) + t.
 """
 
 from __future__ import annotations

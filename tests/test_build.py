@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders.cam import ClassActivation
 from PIL import Image
 
+from builders.cam import ClassActivation
 from builders.config import BuildConfig
 from builders.job import Job, prepare
 from builders.models import create_model

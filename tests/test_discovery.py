@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from builders.cam import ClassActivation
+from numpy.typing import NDArray
 
-from builders.config import DiscoverySettings
+from builders.cam import ClassActivation
+from builders.config import Confidence, CropScore, DiscoverySettings
 from builders.discovery import Eyes, discover_class, random_crops, tile, top_crops
 from builders.image_sets import ArrayImages
 from builders.models import create_model
@@ -51,7 +52,7 @@ def test_random_crops_depend_on_the_image_and_the_seed_alone() -> None:
 
 
 @pytest.mark.parametrize(("score", "best"), [("mean", 0), ("sum", 1)])
-def test_the_crop_score_decides_between_a_small_hot_crop_and_a_large_warm_one(score: str, best: int) -> None:
+def test_the_crop_score_decides_between_a_small_hot_crop_and_a_large_warm_one(score: CropScore, best: int) -> None:
     cam = np.full((1, 8, 8), 0.5, np.float32)
     cam[0, :2, :2] = 1.0
     boxes = np.array([[[0, 0, 2, 2], [0, 0, 8, 8], [4, 4, 3, 3]]])
@@ -82,11 +83,12 @@ def test_one_patch_an_image_is_left_untouched() -> None:
 def test_confidence_orders_the_kept_patches(eyes: Eyes) -> None:
     train, usable = _images(6), list(range(6))
 
-    def confidence(kind: str) -> np.ndarray:
+    def confidence(kind: Confidence) -> NDArray[np.float32]:
         settings = replace(SETTINGS, confidence=kind)
         images = discover_class(train, 0, usable, eyes, settings, seed=0).images
         with torch.no_grad():
-            return eyes.activation.model(eyes.see(images)).softmax(1).amax(1).numpy()
+            logits: torch.Tensor = eyes.activation.model(eyes.see(images))
+            return logits.softmax(1).amax(1).numpy()
 
     lowest, highest = confidence("lowest"), confidence("highest")
     assert lowest.max() <= highest.min()

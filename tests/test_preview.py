@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,14 @@ from builders.preview import (
     GAP,
     HISTOGRAM,
     preview_dataset,
+    redraw,
     shown_images,
     write_contact_sheet,
     write_distance_histogram,
 )
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.errors import FormatError, OutputError
+from nrrdd_format.manifest import MANIFEST_NAME, Manifest
 
 SIZE = 8
 WHITE = 255
@@ -98,6 +101,20 @@ def test_a_dataset_is_previewed_with_and_without_what_only_the_build_knows(tmp_p
     assert plain.histogram == tmp_path / "plain" / HISTOGRAM
     assert _pixels(full.contact_sheet)[1] > _pixels(plain.contact_sheet)[1]
     assert {item.name for item in (tmp_path / "plain").iterdir()} == {CONTACT_SHEET, HISTOGRAM}
+
+
+def test_a_preview_is_drawn_anew_with_what_the_work_folder_still_holds(tmp_path: Path) -> None:
+    path = make_tiny_dataset(tmp_path / "data", size=SIZE)
+    manifest = Manifest.load(path / MANIFEST_NAME)
+    replace(manifest, method={"build_key": "abc"}).save(path / MANIFEST_NAME)
+    gone = redraw(path, tmp_path / "gone", work=tmp_path / "work")
+    kept = tmp_path / "work" / "writing-abc"
+    kept.mkdir(parents=True)
+    np.save(kept / preview.SHOWN_INDICES, np.arange(3))
+    np.save(kept / preview.SHOWN_INITIAL, _images(3, 7))
+    np.save(kept / preview.SHOWN_MASK, np.zeros((3, SIZE, SIZE), np.float32))
+    full = redraw(path, tmp_path / "full", work=tmp_path / "work")
+    assert _pixels(full.contact_sheet)[1] > _pixels(gone.contact_sheet)[1]
 
 
 def test_distances_of_a_large_dataset_are_taken_from_its_first_epochs(

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from builders.cam import ClassActivation
 from torch import nn
 
 from builders.batchnorm import BatchNormLoss
-from builders.config import RefinementSettings
+from builders.cam import ClassActivation
+from builders.config import LabelRefinement, RefinementSettings
 from builders.discovery import Eyes
 from builders.label_refinement import LabelRefinementLoss, partner_choices
 from builders.models import create_model
@@ -128,19 +128,21 @@ def test_the_cosine_schedule_falls_from_the_full_rate_towards_zero() -> None:
 
 def test_the_batchnorm_loss_is_its_definition(eyes: Eyes) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)).eval()
+    first, convolution, second = nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)
+    model = nn.Sequential(first, convolution, second).eval()
     images = torch.randn(5, 3, 4, 4)
     with BatchNormLoss(model, first_factor=10.0) as batchnorm:
         with batchnorm.recording():
             model(images)
         model(images * 7)  # outside: must not count
         found = batchnorm.loss()
-    inner = model[1](model[0](images))
-    expected = 0.0
-    for factor, x, layer in ((10, images, model[0]), (1, inner, model[2])):
+    inner = convolution(first(images))
+    expected = torch.zeros(())
+    for factor, x, layer in ((10, images, first), (1, inner, second)):
         mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
-        expected += factor * ((mean - layer.running_mean).norm() + (var - layer.running_var).norm())
-    torch.testing.assert_close(found, torch.as_tensor(expected))
+        assert layer.running_mean is not None and layer.running_var is not None
+        expected = expected + factor * ((mean - layer.running_mean).norm() + (var - layer.running_var).norm())
+    torch.testing.assert_close(found, expected)
 
 
 def test_hooks_are_gone_afterwards() -> None:
@@ -157,7 +159,7 @@ def test_partners_are_of_another_class_where_possible_and_never_oneself() -> Non
 
 
 @pytest.mark.parametrize("kind", ["soft", "pair"])
-def test_label_refinement_is_its_definition(kind: str) -> None:
+def test_label_refinement_is_its_definition(kind: LabelRefinement) -> None:
     """A model that ignores its input: the loss depends on the labels and λ alone."""
 
     class Constant(nn.Module):

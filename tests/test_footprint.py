@@ -1,0 +1,163 @@
+"""Bytes on disk: every byte has its place, both codings hold the same pairs, and soft labels are stored as FKD does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from make_dataset import make_tiny_dataset
+
+from benchmarks import storage_footprint
+from benchmarks.fkd_store import FkdStore
+from benchmarks.footprint import (
+    Footprint,
+    epoch_pairs,
+    fkd_bytes_per_pair,
+    in_full_batches,
+    measure,
+    measure_as,
+    recode,
+    soft_label_bytes,
+)
+from nrrdd_format.dataset import DistilledDataset, open_dataset
+from nrrdd_format.errors import ConfigError
+from nrrdd_format.manifest import MANIFEST_NAME
+from nrrdd_format.records import Coding, PairRecords
+from nrrdd_format.verify import verify_dataset
+
+IMAGES, EPOCHS = 12, 3
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> DistilledDataset:
+    """Twelve images in two shards, three epochs."""
+    return open_dataset(make_tiny_dataset(tmp_path_factory.mktemp("footprint") / "data"))
+
+
+def test_every_byte_of_a_dataset_is_counted_once(dataset: DistilledDataset) -> None:
+    footprint = measure(dataset)
+    assert (footprint.images, footprint.pairs) == (IMAGES, IMAGES * EPOCHS)
+    whole = sum(path.stat().st_size for path in dataset.path.iterdir())
+    images = [shard.image_bytes(k) for shard in dataset.shards for k in range(shard.images)]
+    in_tar = sum(512 + -(-len(data) // 512) * 512 for data in images)
+    assert footprint.labels == whole - in_tar
+    assert footprint.image_data == sum(map(len, images))
+    assert footprint.manifest == (dataset.path / MANIFEST_NAME).stat().st_size
+
+
+def test_more_pairs_take_records_and_more_images_take_headers() -> None:
+    footprint = Footprint(images=10, pairs=30, image_data=0, records=90, shard_overhead=50, manifest=7)
+    assert footprint.labels == 147
+    assert footprint.labels_at(10, 3) == 147
+    assert footprint.labels_at(100, 6) == 3 * 600 + 500 + 7
+
+
+@pytest.mark.parametrize("coding", ["explicit", "derived"])
+@pytest.mark.parametrize("stored", ["explicit", "derived"])
+def test_recoded_datasets_are_sound_and_hold_the_same_pairs(tmp_path: Path, stored: Coding, coding: Coding) -> None:
+    original = open_dataset(make_tiny_dataset(tmp_path / "original", coding=stored))
+    (tmp_path / "recoded").mkdir()
+    recode(original, coding, tmp_path / "recoded")
+    assert verify_dataset(tmp_path / "recoded") == []
+    recoded = open_dataset(tmp_path / "recoded")
+    assert recoded.manifest.records.coding == coding
+    for before, after in zip(original.shards, recoded.shards, strict=True):
+        assert before.image_bytes(0) == after.image_bytes(0)
+        for epoch in range(EPOCHS):
+            _assert_equal(before.records(epoch), after.records(epoch))
+
+
+def _assert_equal(left: PairRecords, right: PairRecords) -> None:
+    for field in fields(PairRecords):
+        np.testing.assert_array_equal(getattr(left, field.name), getattr(right, field.name))
+
+
+def test_derived_records_are_smaller(dataset: DistilledDataset) -> None:
+    explicit, derived = measure_as(dataset, "explicit"), measure_as(dataset, "derived")
+    assert explicit == measure(dataset)
+    assert derived.records <= explicit.records
+    assert (derived.pairs, derived.image_data) == (explicit.pairs, explicit.image_data)
+
+
+def test_pairs_drawn_by_another_rule_are_not_recoded(tmp_path: Path) -> None:
+    path = make_tiny_dataset(tmp_path / "data")
+    manifest = json.loads((path / MANIFEST_NAME).read_text())
+    manifest["records"]["seed"] += 1
+    (path / MANIFEST_NAME).write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match="shard 0, epoch 0"):
+        measure_as(open_dataset(path), "derived")
+
+
+@pytest.mark.parametrize(
+    ("form", "columns", "dtype"), [("fp16", 7, torch.float16), ("fp32", 7, torch.float32), ("top5", 5, torch.float16)]
+)
+def test_soft_labels_have_the_layout_of_an_fkd_store(
+    dataset: DistilledDataset, tmp_path: Path, form: str, columns: int, dtype: torch.dtype
+) -> None:
+    pairs = epoch_pairs(dataset)
+    store = FkdStore(size=16, num_classes=7, form=form)  # type: ignore[arg-type]
+    written = store.write_epoch(tmp_path, 4, pairs)
+    path = tmp_path / "epoch_4" / "batch_0.tar"
+    assert written == path.stat().st_size
+    with torch.serialization.safe_globals(_numpy_scalars()):
+        coordinates, flip, mix_index, lam, box, logits, *classes = torch.load(path, weights_only=True)
+    assert (coordinates.shape, coordinates.dtype) == ((IMAGES, 4), torch.float32)
+    assert float(coordinates.min()) >= 0 and float(coordinates.max()) <= 1
+    assert (flip.dtype, mix_index.dtype) == (torch.bool, torch.int64)
+    assert 0 <= lam <= 1 and len(box) == 4
+    assert (logits.shape, logits.dtype) == ((IMAGES, columns), dtype)
+    assert [each.dtype for each in classes] == ([torch.int16] if form == "top5" else [])
+
+
+def _numpy_scalars() -> list[Any]:
+    """What an FKD batch holds besides tensors: NumPy's numbers."""
+    kinds = [type(np.dtype(kind)) for kind in (np.float64, np.int64)]
+    return [np.float64(0).__reduce__()[0], np.dtype, *kinds]
+
+
+def test_a_file_holds_a_hundred_pairs(dataset: DistilledDataset, tmp_path: Path) -> None:
+    pairs = epoch_pairs(dataset).take(np.resize(np.arange(IMAGES), 201))
+    written = FkdStore(size=16, num_classes=3).write_epoch(tmp_path, 0, pairs)
+    files = sorted((tmp_path / "epoch_0").iterdir())
+    assert [path.name for path in files] == ["batch_0.tar", "batch_1.tar", "batch_2.tar"]
+    assert written == sum(path.stat().st_size for path in files)
+
+
+def test_a_thousand_classes_in_fp16_take_what_is_published(dataset: DistilledDataset) -> None:
+    """2000 B of logits, 25 B of parameters, and about 3 KB a file of 100 pairs at most."""
+    each = fkd_bytes_per_pair(in_full_batches(epoch_pairs(dataset)), size=16, num_classes=1000)
+    assert 2025 < each < 2060
+
+
+def test_soft_labels_of_a_dataset_cover_all_epochs(dataset: DistilledDataset) -> None:
+    each = fkd_bytes_per_pair(epoch_pairs(dataset), size=16, num_classes=3)
+    assert soft_label_bytes(dataset) == pytest.approx(each * IMAGES * EPOCHS)
+
+
+def test_the_command_prints_tables_and_writes_json_markdown_and_plot(
+    dataset: DistilledDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(dataset.path), "--json", str(tmp_path / "rows.json"), "--out", str(tmp_path / "results")]
+    assert storage_footprint.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "soft labels, fp16" in printed and "tiny IPC 4, derived" in printed
+    record = json.loads((tmp_path / "rows.json").read_text())
+    rows = {row["name"]: row for row in record["rows"]}
+    fp16, ours = rows["soft labels, fp16"], rows["tiny IPC 4, explicit"]
+    assert fp16["ratio_to_fkd_fp16"] == 1
+    assert ours["ratio_to_fkd_fp16"] == pytest.approx(fp16["bytes_per_pair"] / ours["bytes_per_pair"])
+    assert fp16["gigabytes"]["200"] == pytest.approx(fp16["bytes_per_pair"] * 60e6 / 1e9)
+    assert rows["the teacher itself (ResNet-18)"]["gigabytes"]["10"] == pytest.approx(0.0468, rel=0.02)
+    assert str(tmp_path) not in json.dumps(record)
+    assert {path.suffix for path in (tmp_path / "results").iterdir()} == {".json", ".md", ".png"}
+
+
+def test_a_missing_dataset_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert storage_footprint.main([str(tmp_path / "none")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1

@@ -1,0 +1,290 @@
+"""Losses against values computed by hand or in plain float64 Python, every alternative, and in half precision."""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loaders import CompactLoss, DBRBatch, DBRLoss, OneHotLoss, SoftLoss
+from loaders.losses import Distance, Sce
+from nrrdd_format.errors import ConfigError
+
+CLASSES = 5
+
+
+def make_batch(
+    labels: list[tuple[int, int]], lam: list[float], distances: list[tuple[float, float]] | None = None
+) -> DBRBatch:
+    distances = distances or [(0.5, 1.5)] * len(lam)
+    return DBRBatch(
+        images=torch.zeros(len(lam), 3, 2, 2),
+        label_org=torch.tensor([org for org, _ in labels]),
+        label_aug=torch.tensor([aug for _, aug in labels]),
+        lam=torch.tensor(lam),
+        distance_org=torch.tensor([org for org, _ in distances]),
+        distance_aug=torch.tensor([aug for _, aug in distances]),
+    )
+
+
+BATCH = make_batch(
+    [(0, 1), (2, 4), (3, 3), (1, 0), (4, 2)],
+    [0.9, 0.25, 0.6, 0.5, 1.0],
+    [(0.1, 2.5), (0.7, 0.9), (0.2, 0.2), (0.01, 0.02), (1.0, 4.0)],
+)
+LOGITS = torch.randn(5, CLASSES, generator=torch.Generator().manual_seed(3)) * 2
+# The second pair is fitted well enough that its cross-entropy lies below the radius plus the labels' entropy.
+LOGITS[1] = torch.tensor([-4.0, -4.0, 1.0, -4.0, 2.0])
+LOGITS[2] = torch.tensor([-4.0, -4.0, -4.0, 3.0, -4.0])
+
+
+def log_p(logits: Tensor, temperature: float = 1.0) -> list[list[float]]:
+    """log softmax in float64, row by row."""
+    rows = (logits.double() / temperature).tolist()
+    return [[x - math.log(sum(map(math.exp, row))) for x in row] for row in rows]
+
+
+def pairs(batch: DBRBatch) -> list[tuple[int, int, float, float, float]]:
+    columns = (batch.label_org, batch.label_aug, batch.lam, batch.distance_org, batch.distance_aug)
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def cross_entropies(batch: DBRBatch, logits: Tensor) -> list[float]:
+    rows = zip(log_p(logits), pairs(batch), strict=True)
+    return [-lam * row[org] - (1 - lam) * row[aug] for row, (org, aug, lam, _, _) in rows]
+
+
+def entropy(lam: float) -> float:
+    return -sum(x * math.log(x) for x in (lam, 1 - lam) if x > 0)
+
+
+def expected_sce(sce: str, radius: float) -> tuple[float, float]:
+    """L_sce and the clipped share."""
+    values = cross_entropies(BATCH, LOGITS)
+    if sce == "batch":
+        return max(0.0, mean(values) - radius), float(mean(values) <= radius)
+    if sce == "target":
+        return expected_target(radius)
+    if sce == "entropy":
+        lows = [0.0 if org == aug else entropy(lam) for org, aug, lam, _, _ in pairs(BATCH)]
+        values = [value - low for value, low in zip(values, lows, strict=True)]
+    return mean([max(0.0, v - radius) for v in values]), mean([float(v <= radius) for v in values])
+
+
+def expected_target(radius: float) -> tuple[float, float]:
+    losses, cut = [], []
+    for row, (org, aug, lam, _, _) in zip(log_p(LOGITS), pairs(BATCH), strict=True):
+        label = [0.0] * CLASSES
+        label[org] += lam
+        label[aug] += 1 - lam
+        over = [k for k in range(CLASSES) if label[k] > 1 - radius]
+        excess = sum(label[k] - (1 - radius) for k in over)
+        label = [1 - radius if k in over else value + excess / (CLASSES - len(over)) for k, value in enumerate(label)]
+        assert sum(label) == pytest.approx(1)
+        losses.append(-sum(value * x for value, x in zip(label, row, strict=True)))
+        cut.append(float(bool(over)))
+    return mean(losses), mean(cut)
+
+
+def expected_dbr(distance: str, temperature: float) -> float:
+    def error(x: float) -> float:
+        if distance == "huber":
+            return 0.5 * x * x if abs(x) <= 1 else abs(x) - 0.5
+        return abs(x) if distance == "l1" else x * x
+
+    values = []
+    for row, (org, aug, _, d_org, d_aug) in zip(log_p(LOGITS, temperature), pairs(BATCH), strict=True):
+        second = 0.0 if org == aug else error(-row[aug] - d_aug)
+        values.append(error(-row[org] - d_org) + second)
+    return mean(values)
+
+
+@pytest.mark.parametrize("sce", get_args(Sce))
+@pytest.mark.parametrize("radius", [0.0, 0.4, 0.8])
+def test_bounded_cross_entropy(sce: Sce, radius: float) -> None:
+    terms = DBRLoss(sce=sce, radius=radius).terms(LOGITS, BATCH)
+    value, clipped = expected_sce(sce, radius)
+    assert terms["sce"].item() == pytest.approx(value, rel=1e-5)
+    assert terms["clipped_share"].item() == pytest.approx(clipped)
+
+
+def test_the_examples_clip_some_pairs_and_not_others() -> None:
+    for sce in ("sample", "target", "entropy"):
+        assert 0 < expected_sce(sce, 0.4)[1] < 1
+
+
+@pytest.mark.parametrize("distance", get_args(Distance))
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_distance_error(distance: Distance, temperature: float) -> None:
+    terms = DBRLoss(distance=distance, temperature=temperature).terms(LOGITS, BATCH)
+    assert terms["dbr"].item() == pytest.approx(expected_dbr(distance, temperature), rel=1e-5)
+
+
+def test_the_loss_is_the_weighted_sum() -> None:
+    loss = DBRLoss(alpha_sce=0.3, alpha_dbr=2.0)
+    terms = loss.terms(LOGITS, BATCH)
+    assert terms["loss"].item() == pytest.approx(0.3 * terms["sce"].item() + 2.0 * terms["dbr"].item(), rel=1e-6)
+    assert torch.equal(loss(LOGITS, BATCH), terms["loss"])
+
+
+def test_one_pair_by_hand() -> None:
+    """p = (1/2, 1/4, 1/4): CE = 0.75 ln 2 + 0.25 ln 4 = 1.25 ln 2; distances ln 2 and 2 ln 2."""
+    logits = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    batch = make_batch([(0, 1)], [0.75], [(math.log(2) + 0.1, 2 * math.log(2) - 0.2)])
+    terms = DBRLoss(radius=0.4).terms(logits, batch)
+    assert terms["sce"].item() == pytest.approx(1.25 * math.log(2) - 0.4, rel=1e-5)
+    assert terms["dbr"].item() == pytest.approx(0.3, rel=1e-4)
+
+
+def test_one_hot() -> None:
+    assert OneHotLoss()(LOGITS, BATCH).item() == pytest.approx(mean(cross_entropies(BATCH, LOGITS)), rel=1e-5)
+
+
+def test_compact() -> None:
+    expected = []
+    for row, (org, aug, _, d_org, d_aug) in zip(log_p(LOGITS), pairs(BATCH), strict=True):
+        p_org, p_aug = math.exp(-d_org), math.exp(-d_aug)
+        expected.append(-(p_org * row[org] + p_aug * row[aug]) / (p_org + p_aug))
+    assert CompactLoss()(LOGITS, BATCH).item() == pytest.approx(mean(expected), rel=1e-5)
+
+
+def test_compact_labels_sum_to_one_where_the_stored_probabilities_exceed_it() -> None:
+    """Both distances 0.1: p_i + p_j = 1.81, yet each class gets one half."""
+    logits = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    batch = make_batch([(0, 1)], [0.5], [(0.1, 0.1)])
+    assert CompactLoss()(logits, batch).item() == pytest.approx(1.5 * math.log(2), rel=1e-5)
+
+
+def test_one_class_counts_once_in_every_loss() -> None:
+    """p = (1/2, 1/4, 1/4), both images of class 0 at teacher distance 0.1."""
+    logits = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    batch = make_batch([(0, 0)], [0.3], [(0.1, 0.1)])
+    assert DBRLoss().terms(logits, batch)["dbr"].item() == pytest.approx(math.log(2) - 0.1, rel=1e-5)
+    assert DBRLoss(radius=0.0).terms(logits, batch)["sce"].item() == pytest.approx(math.log(2), rel=1e-5)
+    assert DBRLoss(radius=0.0, sce="entropy").terms(logits, batch)["sce"].item() == pytest.approx(math.log(2))
+    assert OneHotLoss()(logits, batch).item() == pytest.approx(math.log(2), rel=1e-5)
+    assert CompactLoss()(logits, batch).item() == pytest.approx(math.log(2), rel=1e-5)
+
+
+def test_the_entropy_bound_is_zero_at_the_best_fit() -> None:
+    """A student that predicts the mixed labels exactly has CE = H(lam)."""
+    logits = torch.tensor([[0.7, 0.3, 1e-9]]).log()
+    loss = DBRLoss(radius=0.0, sce="entropy").terms(logits, make_batch([(0, 1)], [0.7]))
+    assert loss["sce"].item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_soft() -> None:
+    teacher = torch.randn(5, CLASSES, generator=torch.Generator().manual_seed(4))
+    expected = []
+    for student_row, teacher_row in zip(log_p(LOGITS, 20.0), log_p(teacher, 20.0), strict=True):
+        expected.append(sum(math.exp(t) * (t - s) for s, t in zip(student_row, teacher_row, strict=True)))
+    assert SoftLoss(20.0)(LOGITS, BATCH, teacher).item() == pytest.approx(mean(expected), rel=1e-3)
+    assert SoftLoss()(teacher, BATCH, teacher).item() == pytest.approx(0.0, abs=1e-7)
+
+
+@pytest.mark.parametrize("distance", get_args(Distance))
+@pytest.mark.parametrize("sce", get_args(Sce))
+def test_gradients_of_dbr(sce: Sce, distance: Distance) -> None:
+    loss = DBRLoss(sce=sce, distance=distance)
+    assert torch.autograd.gradcheck(lambda logits: loss(logits, BATCH), LOGITS.double().requires_grad_())
+
+
+@pytest.mark.parametrize("loss", [OneHotLoss(), CompactLoss()])
+def test_gradients_of_the_other_kinds(loss: nn.Module) -> None:
+    assert torch.autograd.gradcheck(lambda logits: loss(logits, BATCH), LOGITS.double().requires_grad_())
+
+
+def test_gradients_of_soft() -> None:
+    teacher = LOGITS.flip(0).double()
+    loss = SoftLoss(4.0)
+    assert torch.autograd.gradcheck(lambda logits: loss(logits, BATCH, teacher), LOGITS.double().requires_grad_())
+
+
+def test_a_pair_within_the_radius_gets_no_cross_entropy_gradient() -> None:
+    logits = LOGITS.clone().requires_grad_()
+    clipped = torch.tensor(cross_entropies(BATCH, LOGITS)) <= 0.4
+    DBRLoss(alpha_dbr=0.0)(logits, BATCH).backward()
+    assert logits.grad is not None
+    assert torch.equal(logits.grad.abs().sum(1) == 0, clipped)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_are_computed_in_float32(dtype: torch.dtype) -> None:
+    """Large logits: in half precision itself the small distances would round away or overflow."""
+    narrow = (LOGITS * 100).to(dtype)
+    for loss in (DBRLoss(), DBRLoss(sce="target"), OneHotLoss(), CompactLoss()):
+        result = loss(narrow, BATCH)
+        assert result.dtype == torch.float32
+        assert torch.equal(result, loss(narrow.float(), BATCH))
+        assert torch.isfinite(result)
+    assert torch.isfinite(SoftLoss()(narrow, BATCH, narrow.flip(0)))
+
+
+def test_half_precision_gradients_are_finite() -> None:
+    logits = (LOGITS * 100).half().requires_grad_()
+    DBRLoss(sce="entropy")(logits, BATCH).backward()
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_the_loss_falls_in_a_few_steps_of_training() -> None:
+    logits = torch.zeros(5, CLASSES, requires_grad=True)
+    optimizer = torch.optim.SGD([logits], lr=0.5)
+    loss = DBRLoss()
+    first = loss(logits, BATCH).item()
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss(logits, BATCH).backward()
+        optimizer.step()
+    assert loss(logits, BATCH).item() < 0.5 * first
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sce": "mean"}, "sce: found 'mean', expected one of sample, batch, target, entropy"),
+        ({"distance": "l2"}, "distance: found 'l2', expected one of l1, huber, squared"),
+        ({"radius": -0.1}, "radius: found -0.1"),
+        ({"radius": 1.0, "sce": "target"}, "radius: found 1.0, expected less than 1"),
+        ({"alpha_sce": -1}, "alpha_sce: found -1"),
+        ({"alpha_dbr": -1}, "alpha_dbr: found -1"),
+        ({"temperature": 0}, "temperature: found 0"),
+        ({"alpha_sce": math.nan}, "alpha_sce: found nan"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DBRLoss(**options)  # type: ignore[arg-type]
+
+
+def test_soft_refuses_a_temperature_of_zero() -> None:
+    with pytest.raises(ConfigError, match="temperature: found 0"):
+        SoftLoss(0)
+
+
+@pytest.mark.parametrize("loss", [DBRLoss(), OneHotLoss(), CompactLoss()])
+@pytest.mark.parametrize("shape", [(4, CLASSES), (5,), (5, CLASSES, 1)])
+def test_logits_of_another_shape_are_refused(loss: nn.Module, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"expected \(5, classes\)"):
+        loss(torch.zeros(shape), BATCH)
+
+
+def test_soft_refuses_teacher_logits_of_another_shape() -> None:
+    with pytest.raises(ConfigError, match="teacher logits"):
+        SoftLoss()(LOGITS, BATCH, LOGITS[:, :4])
+
+
+def test_the_reference_agrees_with_torch() -> None:
+    """The plain Python above against torch's own cross-entropy with class probabilities."""
+    labels = F.one_hot(BATCH.label_org, CLASSES) * BATCH.lam[:, None]
+    labels = labels + F.one_hot(BATCH.label_aug, CLASSES) * (1 - BATCH.lam[:, None])
+    expected = F.cross_entropy(LOGITS, labels).item()
+    assert mean(cross_entropies(BATCH, LOGITS)) == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,314 @@
+"""The `nrrdd` command as users meet it, and the grid behind the accuracy benchmark and the demo."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from make_dataset import make_tiny_dataset
+
+from benchmarks import accuracy, cli, demo
+from benchmarks.command import run
+from benchmarks.grid import Cell, Grid, build_config, cell_path, dataset_path
+from benchmarks.results_io import command_line, markdown_table, provenance, provenance_text, write_json
+from benchmarks.teacher import TeacherConfig
+from builders import cli as build_cli
+from nrrdd_format.errors import ConfigError, OutputError
+
+VERBS = ("teacher", "student", "inspect", "verify", "preview")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny dataset; its source is not to be had."""
+    return make_tiny_dataset(tmp_path_factory.mktemp("cli") / "data")
+
+
+def _nrrdd(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+def _error(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on standard error."""
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, benchmarks.cli as cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'torchvision', 'matplotlib', 'sklearn'} & set(sys.modules)))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
+    assert all(verb in result.stdout for verb in VERBS)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verbs_help_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([verb, "--help"])
+    assert ended.value.code == 0
+    assert f"nrrdd {verb} " in capsys.readouterr().out.partition("example")[2]
+
+
+def test_verify_ends_with_0_for_a_sound_dataset(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", str(dataset)]) == 0
+    assert "no problems" in capsys.readouterr().out
+
+
+def test_verify_prints_every_problem_and_ends_with_1(tmp_path: Path) -> None:
+    path = make_tiny_dataset(tmp_path / "data")
+    for shard in path.glob("*.tar"):
+        content = bytearray(shard.read_bytes())
+        content[-3000] ^= 0xFF
+        shard.write_bytes(content)
+    result = _nrrdd("verify", path)
+    assert result.returncode == 1
+    assert "shard-00000.tar" in result.stdout and "shard-00001.tar" in result.stdout
+    assert "problems" in result.stdout.splitlines()[-1]
+    assert result.stderr == ""
+
+
+def test_inspect_prints_text_or_json(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(dataset)]) == 0
+    assert "tiny" in capsys.readouterr().out
+    assert cli.main(["inspect", str(dataset), "--json", "--record", "1:2:3"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["images"] == 12 and facts["record"]["pair"] == 3
+
+
+@pytest.mark.parametrize("record", ["1:2", "a:b:c", "1:2:3:4", "-1:0:0"])
+def test_a_record_of_another_form_is_refused(dataset: Path, record: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["inspect", str(dataset), f"--record={record}"])
+    assert ended.value.code == 2
+    assert "SHARD:EPOCH:PAIR" in capsys.readouterr().err
+
+
+def test_a_record_outside_the_dataset_is_refused(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(dataset), "--record", "0:99:0"]) == 2
+    assert "epoch" in _error(capsys)
+
+
+def test_preview_writes_both_pictures(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["preview", str(dataset), "--out", str(tmp_path / "pictures")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert all(Path(line).stat().st_size > 0 for line in printed) and len(printed) == 2
+
+
+@pytest.mark.parametrize("verb", ["inspect", "student", "preview"])
+def test_a_missing_dataset_is_the_users_mistake(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([verb, str(tmp_path / "none")]) == 2
+    assert "none" in _error(capsys)
+
+
+def test_a_student_of_an_unknown_source_is_refused(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["student", str(dataset)]) == 2
+    assert "'tiny'" in _error(capsys)
+
+
+def test_a_student_of_another_source_is_refused(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["student", str(dataset), "--dataset", "digits"]) == 2
+    assert "class 0 of the source is '0', expected 'class 0'" in _error(capsys)
+
+
+def test_interrupts_and_closed_pipes_end_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    assert run(interrupted) == 130
+    assert capsys.readouterr().err.count("\n") == 1
+    code = "from benchmarks.command import run; import sys\nsys.exit(run(lambda: print('x' * 200000) or 0))"
+    command = f'{sys.executable} -c "{code}" | head -c 1'
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=240, check=False)
+    assert "Traceback" not in result.stderr
+
+
+def test_errors_that_are_not_the_users_keep_their_traceback() -> None:
+    def broken() -> int:
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        run(broken)
+
+
+def test_a_teacher_and_a_student_of_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Teacher, build and student through their commands, as the help shows them."""
+    pytest.importorskip("sklearn")
+    teacher, distilled = tmp_path / "sub" / "teacher.pt", tmp_path / "distilled"
+    assert cli.main(f"teacher --dataset digits --architecture conv2-w8 --epochs 2 --out {teacher}".split()) == 0
+    assert "test top-1" in capsys.readouterr().out
+    log = json.loads((tmp_path / "sub" / "teacher.pt.json").read_text())
+    assert log["architecture"] == "conv2-w8" and log["epochs"] == 2 and 0 <= log["test_top1"] <= 1
+    assert {path.name for path in teacher.parent.iterdir()} == {"teacher.pt", "teacher.pt.json"}
+    built = build_cli.main(
+        f"--dataset digits --ipc 1 --teacher-checkpoint {teacher} --min-teacher-top1 0 --iterations 1 --epochs 2 "
+        f"--out {distilled}".split()
+    )
+    assert built == 0
+    capsys.readouterr()
+    student = f"student {distilled} --labels soft --teacher-checkpoint {teacher} --student conv2-w8 --epochs 2 --json"
+    assert cli.main([*student.split(), "--log", str(tmp_path / "log.json")]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "log.json").read_text())
+    assert printed["settings"]["labels"] == "soft" and printed["settings"]["batch_size"] == 10
+
+
+GRID = Grid(
+    dataset="digits",
+    out=Path("out"),
+    teacher_checkpoint=Path("teacher.pt"),
+    teacher=TeacherConfig(),
+    ipcs=(1, 2),
+    images=("random-real", "nrr+lr"),
+    labels=("one-hot", "dbr"),
+    seeds=(0, 1),
+    student="conv2-w8",
+    epochs=3,
+    iterations=7,
+)
+
+
+def test_a_grid_has_every_cell_once_in_order() -> None:
+    cells = list(GRID.cells())
+    assert len(set(cells)) == len(cells) == 16
+    assert cells[:2] == [
+        Cell(ipc=1, images="random-real", labels="one-hot", seed=0),
+        Cell(ipc=1, images="random-real", labels="dbr", seed=0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("images", "changes"),
+    [
+        ("random-real", {"init": "real", "iterations": 0}),
+        ("discovery", {"iterations": 0}),
+        ("rded", {"confidence": "highest", "iterations": 0}),
+        ("nrr", {"alpha_lr": 0.0}),
+        ("nrr+lr", {}),
+    ],
+)
+def test_kinds_of_images_are_builds_that_differ_in_their_own_settings(
+    images: str, changes: dict[str, object], tmp_path: Path
+) -> None:
+    grid = _grid(tmp_path)
+    cell = Cell(ipc=1, images=images, labels="dbr", seed=1)  # type: ignore[arg-type]
+    config = build_config(grid, cell)
+    plain = {"init": "cidd", "confidence": "lowest", "alpha_lr": 1.0, "iterations": 7}
+    assert {name: getattr(config, name) for name in plain} == plain | changes
+    assert (config.seed, config.epochs, config.work_dir) == (1, 3, tmp_path / "work" / "seed1")
+
+
+def _grid(folder: Path) -> Grid:
+    (folder / "teacher.pt").write_bytes(b"weights")
+    return replace(GRID, out=folder, teacher_checkpoint=folder / "teacher.pt")
+
+
+def test_results_are_kept_apart_by_all_that_determines_them(tmp_path: Path) -> None:
+    grid = _grid(tmp_path)
+    cell = Cell(ipc=1, images="nrr", labels="dbr", seed=0)
+    soft = replace(cell, labels="soft")
+    path, folder = cell_path(grid, cell), dataset_path(grid, cell)
+    assert dataset_path(grid, soft) == folder
+    assert cell_path(replace(grid, soft_temperature=20.0), cell) == path
+    assert cell_path(replace(grid, soft_temperature=20.0), soft) != cell_path(grid, soft)
+    assert cell_path(replace(grid, student="conv3"), cell) != path
+    assert dataset_path(replace(grid, student="conv3"), cell) == folder
+    assert dataset_path(replace(grid, iterations=8), cell) != folder
+    assert dataset_path(replace(grid, epochs=4), cell) != folder
+    (tmp_path / "teacher.pt").write_bytes(b"other weights")
+    assert dataset_path(grid, cell) != folder
+
+
+@pytest.mark.slow
+def test_the_accuracy_benchmark_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    out, results = tmp_path / "out", tmp_path / "results"
+    command = (
+        f"--dataset digits --out {out} --results {results} --seeds 0 1 --ipc 1 --epochs 2 --iterations 1 "
+        "--images random-real nrr+lr --labels one-hot dbr soft --student conv2-w8 --teacher conv2-w8 "
+        "--teacher-epochs 3"
+    ).split()
+    assert accuracy.main(command) == 0
+    cells = sorted((out / "cells").iterdir())
+    assert len(cells) == 12
+    cells[0].unlink()
+    changed = [path.stat().st_mtime_ns for path in cells[1:]]
+    assert accuracy.main(command) == 0
+    assert [path.stat().st_mtime_ns for path in cells[1:]] == changed and cells[0].is_file()
+    printed = capsys.readouterr().out
+    assert "IPC 1, nrr+lr" in printed and "dbr − one-hot" in printed and "recovered" in printed
+    assert {path.suffix for path in results.iterdir()} == {".json", ".md", ".png"}
+    record = json.loads(next(results.glob("*.json")).read_text())
+    assert len(record["cells"]) == 12 and record["seeds"] == [0, 1]
+    labels = {cell["labels"]: cell["bytes_labels"] for cell in record["cells"]}
+    assert labels["one-hot"] == 0 and labels["dbr"] > 0 and labels["soft"] > 0
+    assert str(tmp_path) not in json.dumps(record)
+
+
+def test_statistics_of_seeds() -> None:
+    assert accuracy.spread([50.0]) == "50.00"
+    assert accuracy.spread([1.0, 3.0]) == "2.00 ± 1.41"
+    assert accuracy.difference([1.0, 3.0], [2.0, 6.0]) == "+2.00 ± 1.41"
+    assert accuracy.difference([2.0], [1.0]) == "-1.00"
+    assert accuracy.recovery({"one-hot": [20.0], "dbr": [50.0], "soft": [80.0]}) == "50"
+    assert accuracy.recovery({"one-hot": [20.0], "dbr": [50.0], "soft": [20.0]}) == "-"
+
+
+def test_the_demo_is_three_students_on_one_dataset(tmp_path: Path) -> None:
+    grid = demo.make_grid(tmp_path, "cpu")
+    (tmp_path / "teacher.pt").write_bytes(b"weights")
+    cells = list(grid.cells())
+    assert [cell.labels for cell in cells] == ["one-hot", "dbr", "soft"]
+    assert len({dataset_path(grid, cell) for cell in cells}) == 1
+    assert grid.epochs == 300
+
+
+def test_tables_are_aligned_markdown() -> None:
+    assert markdown_table(["name", "n"], [["a", "1,000"], ["longer", "2"]]).splitlines() == [
+        "| name   |     n |",
+        "| ------ | ----: |",
+        "| a      | 1,000 |",
+        "| longer |     2 |",
+    ]
+
+
+def test_a_published_command_holds_no_absolute_path() -> None:
+    arguments = ["/home/someone/data set", "--out=/tmp/x/y", "relative/path", "two words"]
+    assert command_line("m", arguments) == "python -m m …/data set --out=…/y relative/path 'two words'"
+
+
+def test_results_say_what_ran_where() -> None:
+    facts = provenance("benchmarks.accuracy", seeds=[0, 1])
+    assert facts["seeds"] == [0, 1] and facts["versions"]["torch"] and facts["hardware"]["cores"] >= 1
+    assert facts["command"] in provenance_text(facts)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot make the folder"):
+        write_json(tmp_path / "file" / "deeper" / "x.json", {})
+
+
+def test_teacher_settings_that_cannot_work_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    assert cli.main(["teacher", "--dataset", "digits", "--epochs", "0", "--out", str(tmp_path / "t.pt")]) == 2
+    assert "epochs" in _error(capsys)
+    assert cli.main(["teacher", "--dataset", "nothing", "--out", str(tmp_path / "t.pt")]) == 2
+    assert "'nothing'" in _error(capsys)
+
+
+def test_config_errors_are_the_users() -> None:
+    def wrong() -> int:
+        raise ConfigError("--x: found 1, expected 2")
+
+    assert run(wrong) == 2

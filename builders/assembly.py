@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 
 from builders.card import dataset_card
 from builders.job import DISTANCES, Job
-from builders.preview import Images, Masks, preview_dataset, shown_images
+from builders.preview import (
+    SHOWN_INDICES,
+    SHOWN_INITIAL,
+    SHOWN_MASK,
+    Images,
+    Masks,
+    preview_dataset,
+    shown_images,
+)
 from builders.refinement import non_critical_mask
 from nrrdd_format.codebooks import quantize
 from nrrdd_format.dataset import open_dataset
@@ -139,9 +147,9 @@ def _draw_pictures(job: Job, folder: Path) -> None:
         indices = np.array([image.index for image in shown_images(dataset)])
     initial = job.initial_images(indices)
     mask = _masks(job, initial, job.labels[indices])
-    job.writing.save_array("shown-indices.npy", indices)
-    job.writing.save_array("shown-initial.npy", initial)
-    job.writing.save_array("shown-mask.npy", mask)
+    job.writing.save_array(SHOWN_INDICES, indices)
+    job.writing.save_array(SHOWN_INITIAL, initial)
+    job.writing.save_array(SHOWN_MASK, mask)
     numbers = indices.tolist()
     preview_dataset(
         folder,

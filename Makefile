@@ -12,7 +12,7 @@ WORKERS ?= 2
 
 BIN := .venv/bin
 DEMO := demo-output
-PYTEST := -m pytest -q -n $(WORKERS)
+PYTEST := -m pytest -q -n $(WORKERS) --dist worksteal
 COVERAGE := --cov --cov-report=term
 # Two makes at once must not install into one environment; the second finds the work done.
 LOCKED = $(if $(shell command -v flock),flock .venv.lock) $(MAKE) --no-print-directory --silent

@@ -32,4 +32,6 @@ def write_build_log(job: Job, skipped: Sequence[tuple[str, str]]) -> None:
     }
     with atomic_write(log_path(job)) as file:
         file.write(json.dumps(log, indent=1, default=str).encode() + b"\n")
-    job.ranks.say(f"{len(skipped)} unusable source images skipped; settings and list in {log_path(job)}")
+    if skipped:
+        job.ranks.say(f"{len(skipped)} unusable source images skipped")
+    job.ranks.say(f"resolved settings and skipped images: {log_path(job)}")

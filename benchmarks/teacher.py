@@ -41,7 +41,7 @@ def train_and_save(source: Source, config: TeacherConfig, out: Path) -> dict[str
     architecture = config.architecture or source.default_model
     state = out.with_name(out.name + ".state")
     trained = _train(source, config, architecture, state)
-    save_checkpoint(out, trained.model, architecture, source.class_names)
+    save_checkpoint(out, trained.model, architecture, source.class_names, (source.mean, source.std))
     log = asdict(config) | {
         "architecture": architecture,
         "dataset": source.name,

@@ -119,8 +119,8 @@ def make_manifest(job: Job, entries: list[ShardEntry], teacher_top1: float) -> M
             size=source.size,
             codec=settings.encoding.codec,
             quality=settings.encoding.quality,
-            mean=source.mean,
-            std=source.std,
+            mean=job.eyes.mean,
+            std=job.eyes.std,
             flip=records.flip,
         ),
         records=RecordsInfo(

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from builders.cam import ClassActivation
 from builders.config import DiscoverySettings
+from builders.conventions import Colour
 from builders.image_sets import ImageSet
 from nrrdd_format import draws
 from nrrdd_format.replay import apply_views, normalize
@@ -32,8 +33,8 @@ class Eyes:
     """The teacher as discovery and refinement use it: its activation maps and the pixels it expects."""
 
     activation: ClassActivation
-    mean: Sequence[float]
-    std: Sequence[float]
+    mean: Colour
+    std: Colour
     device: torch.device
 
     def see(self, images: NDArray[np.uint8]) -> torch.Tensor:

@@ -121,7 +121,8 @@ def prepare(config: BuildConfig, ranks: Ranks) -> Job:
         device=device,
         class_names=source.class_names,
     )
-    eyes = Eyes(activation=ClassActivation(teacher.model, source.size), mean=source.mean, std=source.std, device=device)
+    mean, std = teacher.normalisation or (source.mean, source.std)
+    eyes = Eyes(activation=ClassActivation(teacher.model, source.size), mean=mean, std=std, device=device)
     return Job(
         config=config,
         source=source,
@@ -130,7 +131,7 @@ def prepare(config: BuildConfig, ranks: Ranks) -> Job:
         eyes=eyes,
         ranks=ranks,
         codebooks=_codebooks(config, settings, source.size),
-        **_stages(config, settings, source, teacher),
+        **_stages(config, settings, source, teacher, eyes),
     )
 
 
@@ -155,10 +156,12 @@ def _codebooks(config: BuildConfig, settings: BuildSettings, size: int) -> Codeb
     )
 
 
-def _stages(config: BuildConfig, settings: BuildSettings, source: Source, teacher: Teacher) -> dict[str, Stage]:
+def _stages(
+    config: BuildConfig, settings: BuildSettings, source: Source, teacher: Teacher, eyes: Eyes
+) -> dict[str, Stage]:
     """The stages' folders, each keyed by its own settings and the stage before."""
     work, seed = config.work_path, {"seed": config.seed}
-    sees = {"teacher": teacher.sha256, "mean": list(source.mean), "std": list(source.std)}
+    sees = {"teacher": teacher.sha256, "mean": list(eyes.mean), "std": list(eyes.std)}
     wanted = {"init": settings.discovery.init, "needed": settings.discovery.images_needed}
     drawn = {
         name: value

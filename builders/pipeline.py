@@ -75,8 +75,8 @@ def check_teacher(job: Job) -> float:
     top1 = preflight(
         job.teacher,
         images,
-        mean=job.source.mean,
-        std=job.source.std,
+        mean=job.eyes.mean,
+        std=job.eyes.std,
         minimum=job.config.min_teacher_top1,
         device=job.eyes.device,
     )
@@ -179,8 +179,8 @@ def relabel(job: Job) -> None:
             epoch=epoch,
             model=job.teacher.model,
             temperature=job.settings.records.temperature,
-            mean=job.source.mean,
-            std=job.source.std,
+            mean=job.eyes.mean,
+            std=job.eyes.std,
         )
         job.relabeling.save_array(DISTANCES.format(shard, epoch), distances)
     job.ranks.meet()

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from builders.conventions import Colour
 from builders.image_sets import ImageSet
 from builders.models import IMAGENET_CLASSES, create_model
 from builders.reading import read_batches
@@ -29,6 +30,10 @@ TEST_BATCH = 256
 _SAVE_PLAIN = "save the weights alone, with torch.save(model.state_dict(), path)"
 
 
+Normalisation = tuple[Colour, Colour]
+"""Mean and standard deviation by channel."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
     """A network in eval mode whose weights need no gradient; `sha256` is `state_dict_sha256` of its weights."""
@@ -37,6 +42,8 @@ class Teacher:
     architecture: str
     num_classes: int
     sha256: str
+    normalisation: Normalisation | None = None
+    """Mean and standard deviation of its training's input, of a pixel's value / 255; None where its file is silent."""
 
 
 def state_dict_sha256(state_dict: Mapping[str, Tensor]) -> str:
@@ -52,8 +59,17 @@ def state_dict_sha256(state_dict: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_checkpoint(path: Path, model: nn.Module, architecture: str, class_names: Sequence[str]) -> None:
+def save_checkpoint(
+    path: Path,
+    model: nn.Module,
+    architecture: str,
+    class_names: Sequence[str],
+    normalisation: Normalisation | None = None,
+) -> None:
     """Writes a teacher as one file that `load_teacher` and `torch.load(weights_only=True)` read.
+
+    `normalisation` is what its input was normalised with in training: a build from the same images under another
+    name (an `imagefolder` of CIFAR-10, say) then shows it what it knows.
 
     Raises:
         OutputError: the file cannot be written; an older one at `path` stays as it was.
@@ -61,8 +77,15 @@ def save_checkpoint(path: Path, model: nn.Module, architecture: str, class_names
     weights = model.state_dict()
     for name, tensor in weights.items():  # in place: a new dictionary would lose the modules' version numbers
         weights[name] = tensor.detach().cpu().contiguous()
+    content: dict[str, Any] = {
+        "architecture": architecture,
+        "class_names": list(class_names),
+        "state_dict": weights,
+    }
+    if normalisation is not None:
+        content |= {"mean": list(normalisation[0]), "std": list(normalisation[1])}
     with atomic_write(path) as file:
-        torch.save({"architecture": architecture, "class_names": list(class_names), "state_dict": weights}, file)
+        torch.save(content, file)
 
 
 def load_weights_only(path: Path, remedy: str) -> dict[str, Any]:
@@ -181,6 +204,7 @@ def load_teacher(
         TeacherError: the checkpoint cannot be read or does not fit, or pretrained weights cannot be downloaded.
         ConfigError: the architecture is unknown or does not fit.
     """
+    normalisation = None
     if checkpoint is None:
         architecture = architecture or _default_architecture(num_classes)
         model = create_model(architecture, num_classes, image_size, pretrained=True)
@@ -190,13 +214,30 @@ def load_teacher(
         _check_class_names(content, class_names, checkpoint)
         model = create_model(architecture, num_classes, image_size)
         _load_weights(model, content, architecture, checkpoint)
+        normalisation = _named_normalisation(content, checkpoint)
     model = model.eval().requires_grad_(False)
     return Teacher(
         model=model.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
         architecture=architecture,
         num_classes=num_classes,
         sha256=state_dict_sha256(model.state_dict()),
+        normalisation=normalisation,
     )
+
+
+def _named_normalisation(content: Mapping[str, Any], path: Path) -> Normalisation | None:
+    """What the checkpoint says its input is normalised with."""
+    if "mean" not in content and "std" not in content:
+        return None
+    return _colour(content, "mean", -10, path), _colour(content, "std", 1e-6, path)
+
+
+def _colour(content: Mapping[str, Any], key: str, low: float, path: Path) -> Colour:
+    found = content.get(key)
+    sound = isinstance(found, list) and len(found) == 3 and all(type(v) is float and low <= v <= 10 for v in found)
+    if not isinstance(found, list) or not sound:
+        raise TeacherError(f"{path}: {key} is {str(found)[:60]}, expected three numbers from {low} to 10")
+    return found[0], found[1], found[2]
 
 
 def _default_architecture(num_classes: int) -> str:

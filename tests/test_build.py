@@ -24,7 +24,7 @@ from builders.pipeline import build
 from builders.ranks import Ranks
 from builders.teacher import save_checkpoint
 from nrrdd_format.dataset import open_dataset
-from nrrdd_format.errors import ConfigError, DataError, OutputError
+from nrrdd_format.errors import ConfigError, DataError, OutputError, TeacherError
 from nrrdd_format.replay import decode_image, plan_batch, replay, stack_images
 from nrrdd_format.verify import verify_dataset
 
@@ -201,6 +201,26 @@ def test_more_epochs_keep_all_finished_work(source: Path, tmp_path: Path) -> Non
     assert before.items() <= after.items()
     with open_dataset(tmp_path / "more") as dataset:
         assert dataset.manifest.records.epochs == 4
+
+
+def test_the_teachers_own_normalisation_is_used(source: Path, tmp_path: Path) -> None:
+    """What it was trained with goes before what the source's name suggests, down to the manifest a student follows."""
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    model = create_model("conv2-w8", 3, SIZE)
+    save_checkpoint(tmp_path / "teacher.pt", model, "conv2-w8", CLASSES, (mean, std))
+    changes = {"teacher_checkpoint": tmp_path / "teacher.pt", "iterations": 0, "epochs": 1}
+    out = build(_config(source, tmp_path / "out", **changes))
+    with open_dataset(out) as dataset:
+        images = dataset.manifest.images
+    assert (images.mean, images.std) == (mean, std)
+
+
+@pytest.mark.parametrize("mean", [[0.1, 0.2], [0.1, 0.2, float("nan")], ["a", "b", "c"], None])
+def test_a_checkpoint_with_a_broken_normalisation_is_refused(source: Path, tmp_path: Path, mean: object) -> None:
+    content = torch.load(source / "teacher.pt", weights_only=True)
+    torch.save(content | {"mean": mean, "std": [0.1, 0.1, 0.1]}, tmp_path / "teacher.pt")
+    with pytest.raises(TeacherError, match="mean is"):
+        build(_config(source, tmp_path / "out", teacher_checkpoint=tmp_path / "teacher.pt"))
 
 
 @pytest.mark.parametrize("codec", ["jpeg", "webp", "png"])

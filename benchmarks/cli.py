@@ -101,6 +101,7 @@ def run_teacher(options: argparse.Namespace) -> int:
         classes=options.classes,
         size=options.size,
     )
+    device = pick_device(options.device)
     config = TeacherConfig(
         architecture=options.architecture,
         epochs=options.epochs,
@@ -108,7 +109,8 @@ def run_teacher(options: argparse.Namespace) -> int:
         learning_rate=options.learning_rate,
         seed=options.seed,
         workers=options.workers,
-        device=pick_device(options.device),
+        device=device,
+        bf16=device == "cuda" if options.bf16 is None else options.bf16,
     )
     log = train_and_save(source, config, options.out)
     print(f"{options.out}: {summary(log)}; log in {log_path(options.out)}")
@@ -212,6 +214,11 @@ def _add_teacher(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images a step (128)")
     parser.add_argument("--learning-rate", type=float, default=0.1, metavar="X", help="highest rate of the cycle (0.1)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read large images (0)")
+    parser.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="compute in bfloat16: on a processor with such instructions about twice as fast (default: on a GPU only)",
+    )
     _add_run(parser)
 
 

@@ -25,6 +25,8 @@ class TeacherConfig:
     workers: int = 0
     """Processes that read images too large to be kept in memory."""
     device: str = "cpu"
+    bf16: bool = False
+    """Compute under bfloat16 autocast."""
 
 
 def train_and_save(source: Source, config: TeacherConfig, out: Path) -> dict[str, Any]:
@@ -76,6 +78,7 @@ def _train(source: Source, config: TeacherConfig, architecture: str, state: Path
             learning_rate=config.learning_rate,
             seed=config.seed,
             device=config.device,
+            bf16=config.bf16,
             state_path=state,
             workers=config.workers,
             on_epoch=lambda report: progress.advance(loss=report.loss, top1=report.train_top1),

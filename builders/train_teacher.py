@@ -70,6 +70,7 @@ def train_teacher(
     learning_rate: float,
     seed: int,
     device: torch.device | str,
+    bf16: bool = False,
     state_path: Path | None = None,
     workers: int = 0,
     on_epoch: Callable[[EpochReport], None] = lambda report: None,
@@ -83,7 +84,8 @@ def train_teacher(
         batch_size: images a step, about; an epoch's steps are of equal size.
         learning_rate: the peak of the one-cycle schedule.
         seed: of initial weights, order, augmentation and dropout.
-        device: where the network is trained; on a GPU under bfloat16 autocast.
+        device: where the network is trained.
+        bf16: compute under bfloat16 autocast; weights and loss stay float32.
         state_path: where the state is kept after every epoch. If the file exists, training goes on from it.
         workers: processes that read images too large for memory.
         on_epoch: called after every epoch trained.
@@ -100,6 +102,7 @@ def train_teacher(
         batch_size=batch_size,
         learning_rate=learning_rate,
         seed=seed,
+        bf16=bf16,
         class_names=list(source.class_names),
         train_fingerprint=source.train.fingerprint(),
     )
@@ -125,6 +128,7 @@ class _Run:
     batch_size: int
     learning_rate: float
     seed: int
+    bf16: bool
     class_names: list[str]
     train_fingerprint: str
 
@@ -168,7 +172,7 @@ class _Trainer:
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One update; returns the sum of the batch's losses and the number of images it got right."""
         inputs = normalize(images.to(self.device), self.source.mean, self.source.std)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.run.bf16):
             logits = self.model(inputs.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), labels)
         self.optimizer.zero_grad(set_to_none=True)

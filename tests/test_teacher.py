@@ -407,6 +407,13 @@ def test_training_learns() -> None:
     assert 0 <= reports[-1].train_top1 <= 1
 
 
+def test_training_learns_in_bfloat16() -> None:
+    trained = train(source(), epochs=8, bf16=True)
+    assert trained.top1 is not None and trained.top1 > 0.9
+    assert {weight.dtype for weight in trained.model.parameters()} == {torch.float32}
+    assert digest(trained) != digest(train(source(), epochs=8))
+
+
 def test_training_without_test_images() -> None:
     assert train(source(test=None), epochs=1).top1 is None
 
@@ -464,6 +471,7 @@ def test_finished_training_is_not_repeated(tmp_path: Path) -> None:
         ({"epochs": 4}, "epochs"),
         ({"seed": 1, "learning_rate": 0.2}, "learning_rate, seed"),
         ({"architecture": "conv1-w4"}, "architecture"),
+        ({"bf16": True}, "bf16"),
     ],
 )
 def test_state_of_other_options_is_refused(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
@@ -521,7 +529,7 @@ def test_large_images_are_read_by_workers(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_training_on_a_gpu() -> None:
-    trained = train(source(), epochs=8, device="cuda")
+    trained = train(source(), epochs=8, device="cuda", bf16=True)
     assert trained.top1 is not None and trained.top1 > 0.9
 
 

@@ -15,11 +15,10 @@ import numpy as np
 
 from benchmarks.fkd_store import BATCH, FkdStore, Form
 from nrrdd_format import tar
-from nrrdd_format.codebooks import quantize
 from nrrdd_format.dataset import DistilledDataset, open_dataset
-from nrrdd_format.errors import ConfigError
 from nrrdd_format.manifest import MANIFEST_NAME
-from nrrdd_format.records import Coding, PairDraws, PairRecords, RecordLayout, draw_pairs, encode_epoch, expand_pairs
+from nrrdd_format.pairs import Coding, PairRecords, RecordLayout
+from nrrdd_format.records import encode_shard_records
 from nrrdd_format.shard_header import HEADER_NAME, RECORDS_NAME
 from nrrdd_format.shards import EncodedImage, ShardEntry, ShardReader, write_shard
 
@@ -157,23 +156,12 @@ def _recode_shard(shard: ShardReader, number: int, layout: RecordLayout, epochs:
         for position, (index, label) in enumerate(zip(shard.indices.tolist(), shard.labels.tolist(), strict=True))
     ]
     extension = Path(shard.header.members[0].name).suffix.removeprefix(".")
-    blocks = [_recode_epoch(shard.records(epoch), number, epoch, layout) for epoch in range(epochs)]
-    return write_shard(path, shard=number, images=images, extension=extension, blocks=blocks, layout=layout)
-
-
-def _recode_epoch(records: PairRecords, shard: int, epoch: int, layout: RecordLayout) -> bytes:
-    drawn = draw_pairs(layout, shard, epoch)
-    if not _same_pairs(records, drawn, layout):
-        raise ConfigError(
-            f"shard {shard}, epoch {epoch}: the pairs are not those the format draws for seed {layout.seed}, so they "
-            "cannot be coded anew; measure a dataset as it was built"
-        )
-    levels_org = quantize(records.distance_org, layout.levels)
-    levels_aug = quantize(records.distance_aug, layout.levels)
-    return encode_epoch(drawn, layout, levels_org, levels_aug)
-
-
-def _same_pairs(records: PairRecords, drawn: PairDraws, layout: RecordLayout) -> bool:
-    expected = expand_pairs(drawn, layout)
-    columns = [f.name for f in fields(PairRecords) if not f.name.startswith("distance")]
-    return all(np.array_equal(getattr(records, name), getattr(expected, name)) for name in columns)
+    return write_shard(
+        path,
+        shard=number,
+        images=images,
+        extension=extension,
+        blocks=encode_shard_records(map(shard.records, range(epochs)), layout, number),
+        epochs=epochs,
+        layout=layout,
+    )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,6 @@ from builders.preview import (
     shown_images,
 )
 from builders.refinement import non_critical_mask
-from nrrdd_format.codebooks import quantize
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.errors import OutputError
 from nrrdd_format.files import atomic_write
@@ -35,7 +35,8 @@ from nrrdd_format.manifest import (
     RecordsInfo,
     TeacherInfo,
 )
-from nrrdd_format.records import draw_pairs, encode_epoch
+from nrrdd_format.pairs import PairRecords, draw_pairs
+from nrrdd_format.records import encode_shard_records
 from nrrdd_format.shards import EncodedImage, ShardEntry, shard_name, write_shard
 
 ENTRY = "shard-{:05d}.json"
@@ -82,13 +83,23 @@ def _write(job: Job, shard: int, folder: Path) -> ShardEntry:
         EncodedImage(index=index, label=index % job.num_classes, data=data)
         for index, data in zip(indices, job.encoded_images(shard), strict=True)
     ]
-    blocks = []
+    return write_shard(
+        folder / shard_name(shard),
+        shard=shard,
+        images=images,
+        extension=CODEC_EXTENSIONS[job.settings.encoding.codec],
+        blocks=encode_shard_records(_labelled_epochs(job, shard), layout, shard),
+        epochs=job.settings.records.epochs,
+        layout=layout,
+    )
+
+
+def _labelled_epochs(job: Job, shard: int) -> Iterator[PairRecords]:
+    """The pairs of every stored epoch of a shard with the teacher's distances."""
+    layout = job.layout(shard)
     for epoch in range(job.settings.records.epochs):
-        org, aug = quantize(job.relabeling.load_array(DISTANCES.format(shard, epoch)), layout.levels)
-        blocks.append(encode_epoch(draw_pairs(layout, shard, epoch), layout, org, aug))
-    extension = CODEC_EXTENSIONS[job.settings.encoding.codec]
-    path = folder / shard_name(shard)
-    return write_shard(path, shard=shard, images=images, extension=extension, blocks=blocks, layout=layout)
+        org, aug = job.relabeling.load_array(DISTANCES.format(shard, epoch))
+        yield replace(draw_pairs(layout, shard, epoch), distance_org=org, distance_aug=aug)
 
 
 def _finish(job: Job, folder: Path, teacher_top1: float) -> None:
@@ -128,6 +139,7 @@ def make_manifest(job: Job, entries: list[ShardEntry], teacher_top1: float) -> M
             epochs=records.epochs,
             cycle=records.cycle,
             mix_group=records.mix_group,
+            block_epochs=records.block_epochs,
             seed=job.config.seed,
             mix=records.mix,
             temperature=records.temperature,

@@ -14,6 +14,9 @@ from typing import Literal
 from builders.sources import Source
 from nrrdd_format.errors import ConfigError
 
+BLOCK_PAIRS = 20_000
+"""Pairs that are compressed together, about: fewer cost bytes, more cost time where one epoch is read."""
+
 Init = Literal["cidd", "real"]
 Confidence = Literal["lowest", "highest", "random"]
 CropScore = Literal["mean", "sum"]
@@ -105,6 +108,8 @@ class RecordSettings:
     cycle: int
     mix_group: int
     distance_levels: int
+    block_epochs: int
+    """Stored epochs compressed together."""
     views: int = 512
     mixes: int = 1024
 
@@ -156,7 +161,7 @@ class BuildConfig:
     temperature: float = 1.0
     cycle: int = 10
     mix_group: int = 10
-    distance_levels: int = 64
+    distance_levels: int = 16
     image_codec: Codec | None = None
     image_quality: int | None = None
     shard_images: int = 1000
@@ -244,6 +249,7 @@ def plan_settings(config: BuildConfig, source: Source) -> BuildSettings:
             cycle=config.cycle,
             mix_group=config.mix_group,
             distance_levels=config.distance_levels,
+            block_epochs=max(1, min(config.epochs, BLOCK_PAIRS // config.shard_images)),
         ),
     )
 

@@ -19,8 +19,8 @@ from builders.ranks import Ranks
 from builders.sources import Source, load_source
 from builders.teacher import Teacher, load_teacher
 from builders.workdir import Stage
-from nrrdd_format.codebooks import Codebooks, MixTable, distance_levels, mix_codebook, view_codebook
-from nrrdd_format.records import RecordLayout
+from nrrdd_format.codebooks import Codebooks, distance_levels, mix_codebook, view_codebook
+from nrrdd_format.pairs import RecordLayout
 
 # File names of finished units in the stages' folders.
 CLASS_JSON = "class-{:05d}.json"
@@ -29,6 +29,9 @@ BATCH_ARRAY = "batch-{:05d}.npy"
 BATCH_LOSSES = "losses-{:05d}.json"
 SHARD_BYTES = "shard-{:05d}.msgpack"
 DISTANCES = "shard-{:05d}-epoch-{:05d}.npy"
+
+STORED_ONLY = ("epochs", "coding", "distance_levels", "block_epochs")
+"""Record settings that decide what is stored of the distances, not what they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +100,15 @@ class Job:
         return RecordLayout(
             images=images,
             pairs=images,
+            size=self.source.size,
             cycle=records.cycle,
             mix_group=records.mix_group,
+            block_epochs=records.block_epochs,
             flip=records.flip,
             coding=records.coding,
             seed=self.config.seed,
             views=self.codebooks.views,
-            mixes=MixTable.from_entries(self.codebooks.mixes, self.source.size),
+            mixes=self.codebooks.mix_table(self.source.size),
             levels=self.codebooks.distances,
         )
 
@@ -163,11 +168,7 @@ def _stages(
     work, seed = config.work_path, {"seed": config.seed}
     sees = {"teacher": teacher.sha256, "mean": list(eyes.mean), "std": list(eyes.std)}
     wanted = {"init": settings.discovery.init, "needed": settings.discovery.images_needed}
-    drawn = {
-        name: value
-        for name, value in asdict(settings.records).items()
-        if name not in ("epochs", "coding", "distance_levels")  # these decide what is stored, not what is computed
-    }
+    drawn = {name: value for name, value in asdict(settings.records).items() if name not in STORED_ONLY}
     scan_stage = Stage(work, "scan", wanted | seed, source.train.fingerprint())
     discovery = Stage(work, "discovery", asdict(settings.discovery) | sees | seed, scan_stage.key)
     refinement = Stage(work, "refinement", asdict(settings.refinement) | seed, discovery.key)

@@ -38,7 +38,6 @@ from builders.scan import usable_images
 from builders.teacher import preflight
 from builders.workdir import Stage
 from nrrdd_format import draws
-from nrrdd_format.codebooks import MixTable
 from nrrdd_format.errors import DataError
 from nrrdd_format.replay import decode_image, stack_images
 
@@ -132,7 +131,7 @@ def discover(job: Job, usable: list[list[int]]) -> None:
 def refine(job: Job) -> None:
     """Stage 2 for every batch."""
     settings, batches = job.settings.refinement, job.batches
-    mixes = MixTable.from_entries(job.codebooks.mixes, job.source.size)
+    _, mixes = job.layout(0).codebooks
     mine = _open_units(job, job.refinement, BATCH_ARRAY, range(len(batches)))
     with Progress(len(mine) * settings.iterations, "refine", "step") as progress:
         for batch in mine:

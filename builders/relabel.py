@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nrrdd_format.errors import TeacherError
-from nrrdd_format.records import PairRecords, RecordLayout, draw_pairs, expand_pairs
+from nrrdd_format.pairs import PairRecords, RecordLayout, draw_pairs
 from nrrdd_format.replay import plan_batch, replay
 
 BATCH = 250
@@ -49,7 +49,7 @@ def relabel_epoch(
     Raises:
         TeacherError: a distance is not finite.
     """
-    records = expand_pairs(draw_pairs(layout, shard, epoch), layout)
+    records = draw_pairs(layout, shard, epoch)
     parts = []
     for start in range(0, len(records), BATCH):
         pairs = records.take(np.arange(start, min(start + BATCH, len(records))))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from nrrdd_format import draws
 from nrrdd_format.errors import ConfigError
-from nrrdd_format.records import cycle_bounds
+from nrrdd_format.pairs import cycle_bounds
 
 
 def all_cycles(pairs_per_shard: Sequence[int], cycle: int) -> NDArray[np.int64]:

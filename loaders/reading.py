@@ -15,7 +15,7 @@ from loaders.batch import DBRBatch, PlannedBatch
 from loaders.order import all_cycles, epoch_order, stored_epoch
 from nrrdd_format.dataset import DistilledDataset
 from nrrdd_format.errors import FormatError, NrrddError
-from nrrdd_format.records import PairRecords
+from nrrdd_format.pairs import PairRecords
 from nrrdd_format.replay import decode_image, plan_batch, stack_images
 
 Assignment: TypeAlias = tuple[int, int, int]

@@ -3,7 +3,7 @@
 from nrrdd_format.dataset import DistilledDataset, open_dataset
 from nrrdd_format.errors import ConfigError, DataError, FormatError, NrrddError, OutputError, TeacherError
 from nrrdd_format.manifest import Manifest
-from nrrdd_format.records import PairRecords
+from nrrdd_format.pairs import PairRecords
 from nrrdd_format.shards import ShardReader
 from nrrdd_format.verify import Problem, verify_dataset
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_WIDTH = 16
+MAX_WIDTH = 18
 
 
 def width_of(count: NDArray[np.int64] | int) -> NDArray[np.int64]:
@@ -27,17 +27,19 @@ def pack(values: NDArray[np.int64], widths: NDArray[np.int64]) -> bytes:
     return np.packbits(table[bit < widths[:, None]], bitorder="little").tobytes()
 
 
-def unpack(data: bytes, widths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The inverse of `pack`; `data` has exactly `packed_bytes(widths)` bytes, padding bits are ignored."""
+def unpack(stream: NDArray[np.uint8], widths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The inverse of `pack`; the stream has exactly `packed_bytes(widths)` bytes, padding bits are ignored."""
     starts = np.cumsum(widths) - widths
-    stream = np.frombuffer(data + b"\0\0\0", np.uint8).astype(np.int64)
-    byte = starts >> 3  # a field of up to 16 bits lies within three bytes
-    window = stream[byte] | stream[byte + 1] << 8 | stream[byte + 2] << 16
+    byte = starts >> 3
+    padded = np.concatenate([stream, np.zeros(4, np.uint8)]).astype(np.int64)
+    window = padded[byte]
+    for k in range(1, 4):  # a field of up to 18 bits lies within four bytes
+        window |= padded[byte + k] << (8 * k)
     values: NDArray[np.int64] = (window >> (starts & 7)) & ((1 << widths) - 1)
     return values
 
 
-def padding_bits(data: bytes, widths: NDArray[np.int64]) -> int:
+def padding_bits(stream: NDArray[np.uint8], widths: NDArray[np.int64]) -> int:
     """The padding bits of the last byte as a number; 0 in a well-formed stream."""
     used = int(widths.sum()) % 8
-    return data[-1] >> used if used else 0
+    return int(stream[-1]) >> used if used else 0

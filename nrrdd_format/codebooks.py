@@ -47,11 +47,15 @@ class MixTable:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Codebooks:
-    """The three tables of a dataset."""
+    """The tables of a dataset; verbatim records need none of views and mixes."""
 
-    views: NDArray[np.int16]  # (V, 4) crop boxes [top, left, height, width] in pixels
-    mixes: tuple[MixEntry, ...]
+    views: NDArray[np.int16] | None  # (V, 4) crop boxes [top, left, height, width] in pixels
+    mixes: tuple[MixEntry, ...] | None
     distances: NDArray[np.float32]  # (L,) ascending, nats
+
+    def mix_table(self, size: int) -> MixTable | None:
+        """The mixes as columns, for images of `size` pixels a side."""
+        return None if self.mixes is None else MixTable.from_entries(self.mixes, size)
 
 
 def view_codebook(
@@ -125,15 +129,18 @@ def _mixup(rng: np.random.Generator, alpha: float) -> MixEntry:
     return float(np.clip(round(rng.beta(alpha, alpha) * LAM_STEPS), 1, LAM_STEPS - 1)) / LAM_STEPS
 
 
-def distance_levels(count: int = 64, low: float = 1e-3, high: float = 16.0) -> NDArray[np.float32]:
-    """`count` distances in nats, float32, equally spaced in the logarithm from `low` to `high`."""
+def distance_levels(count: int = 16, high: float = 16.0, knee: float = 0.1) -> NDArray[np.float32]:
+    """`count` distances in nats, float32, from 0 to `high`, equally spaced in log(1 + d / knee).
+
+    Steps are nearly even below `knee`, where every one of them changes p = exp(-d), and grow with the distance above.
+    """
     _require(2 <= count <= MAX_LEVELS, f"{count} distance levels: expected 2..{MAX_LEVELS}")
-    _require(0 < low < high, f"distance levels from {low} to {high}: expected 0 < low < high")
-    return np.geomspace(low, high, count).astype(np.float32)
+    _require(high > 0 and knee > 0, f"distance levels up to {high} with a knee at {knee}: expected positive numbers")
+    return (knee * np.expm1(np.linspace(0.0, np.log1p(high / knee), count))).astype(np.float32)
 
 
 def quantize(distances: NDArray[np.floating], levels: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Index of the level nearest to each distance in the logarithm, clamped to the table's ends.
+    """Index of the level nearest to each distance, of two equally near ones the lower.
 
     `distances` in nats, any shape. Raises FormatError for a distance that is negative or not finite.
     """
@@ -142,8 +149,7 @@ def quantize(distances: NDArray[np.floating], levels: NDArray[np.float32]) -> ND
     if bad.any():
         raise FormatError(f"distance {values[bad][0]}: expected a finite number >= 0 (teacher output is broken)")
     exact = levels.astype(np.float64)
-    middles = np.sqrt(exact[:-1] * exact[1:])
-    return np.searchsorted(middles, values).astype(np.uint8)
+    return np.searchsorted((exact[:-1] + exact[1:]) / 2, values).astype(np.uint8)
 
 
 def _require(condition: bool, message: str) -> None:

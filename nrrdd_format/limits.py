@@ -13,8 +13,10 @@ MAX_LEVELS = 256
 
 MAX_SHARD_BYTES = 2**42
 MAX_HEADER_BYTES = 16 * 2**20  # the msgpack part of a shard header or of a record member's head
-MAX_IMAGES = 65536  # a shard; also its pairs
+MAX_IMAGES = 2**18  # a shard; also its pairs
+MAX_DRAWN_IMAGES = 2**14  # a shard with explicit or derived records, whose order codes take n² steps to read
 MAX_IMAGE_BYTES = 16 * 2**20  # one image member
 MAX_MEMBER_BYTES = 8**11 - 1  # the largest size a USTAR header can state
 MAX_EPOCHS = 65536
 MAX_INDEX = 10**9  # an image's number in the whole dataset
+MAX_BLOCK_CONTENT = 256 * 2**20  # a record block, decompressed

@@ -8,16 +8,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
-from nrrdd_format.codebooks import LAM_STEPS, Codebooks, MixEntry, MixKind, MixTable
+from nrrdd_format.codebooks import LAM_STEPS, Codebooks, MixEntry, MixKind
 from nrrdd_format.errors import FormatError
 from nrrdd_format.files import atomic_write
 from nrrdd_format.json_checks import Fields, is_number, parse_json
 from nrrdd_format.limits import (
     MAX_CLASSES,
+    MAX_DRAWN_IMAGES,
     MAX_EPOCHS,
     MAX_IMAGE_SIDE,
     MAX_IMAGES,
@@ -30,7 +31,7 @@ from nrrdd_format.limits import (
     MAX_SHARDS,
     MAX_VIEWS,
 )
-from nrrdd_format.records import Coding, RecordLayout
+from nrrdd_format.pairs import Coding, RecordLayout
 from nrrdd_format.shards import ShardEntry, shard_number
 
 MANIFEST_NAME = "dataset.json"
@@ -73,6 +74,7 @@ class RecordsInfo:
     epochs: int
     cycle: int = 10
     mix_group: int = 10
+    block_epochs: int = 20
     seed: int
     mix: MixKind = "cutmix"
     temperature: float = 1.0  # of the softmax behind the distances
@@ -101,20 +103,22 @@ class Manifest:
 
     def layout(self, shard: int) -> RecordLayout:
         """How to read the records of `shards[shard]`."""
-        return self.layout_for(self.shards[shard].images)
+        return self.layout_for(self.shards[shard].images, self.shards[shard].pairs_per_epoch)
 
-    def layout_for(self, images: int) -> RecordLayout:
-        """How to read (or draw) the records of a shard with so many images."""
+    def layout_for(self, images: int, pairs: int | None = None) -> RecordLayout:
+        """How to read (or draw) the records of a shard with so many images and pairs an epoch (None: as many)."""
         return RecordLayout(
             images=images,
-            pairs=images,
+            pairs=images if pairs is None else pairs,
+            size=self.images.size,
             cycle=self.records.cycle,
             mix_group=self.records.mix_group,
+            block_epochs=self.records.block_epochs,
             flip=self.images.flip,
             coding=self.records.coding,
             seed=self.records.seed,
             views=self.codebooks.views,
-            mixes=MixTable.from_entries(self.codebooks.mixes, self.images.size),
+            mixes=self.codebooks.mix_table(self.images.size),
             levels=self.codebooks.distances,
         )
 
@@ -133,8 +137,8 @@ class Manifest:
             "images": asdict(self.images),
             "records": asdict(self.records),
             "codebooks": {
-                "views": self.codebooks.views.tolist(),
-                "mixes": list(self.codebooks.mixes),
+                "views": None if self.codebooks.views is None else self.codebooks.views.tolist(),
+                "mixes": None if self.codebooks.mixes is None else list(self.codebooks.mixes),
                 "distances": [float(str(d)) for d in self.codebooks.distances],  # the shortest float32 text
             },
             "teacher": asdict(self.teacher),
@@ -250,10 +254,11 @@ def _images(f: Fields) -> ImagesInfo:
 
 def _records(f: Fields) -> RecordsInfo:
     return RecordsInfo(
-        coding=cast(Coding, f.choice("coding", ("explicit", "derived"))),
+        coding=cast(Coding, f.choice("coding", get_args(Coding))),
         epochs=f.integer("epochs", 1, MAX_EPOCHS),
         cycle=f.integer("cycle", 2, MAX_IMAGES),
         mix_group=f.integer("mix_group", 1, MAX_IMAGES),
+        block_epochs=f.integer("block_epochs", 1, MAX_EPOCHS),
         seed=f.integer("seed", 0, 2**63 - 1),
         mix=cast(MixKind, f.choice("mix", ("cutmix", "mixup", "both"))),
         temperature=f.number("temperature", 1e-3, 1e3),
@@ -261,12 +266,13 @@ def _records(f: Fields) -> RecordsInfo:
 
 
 def _codebooks(f: Fields, size: int) -> Codebooks:
-    views = f.entries("views", 1, MAX_VIEWS, lambda v: _is_box(v, size), f"a box inside {size}x{size}")
-    mixes = f.entries("mixes", 1, MAX_MIXES, lambda v: _is_mix(v, size), _MIX_EXPECTED.format(size=size))
-    levels = f.entries("distances", 2, MAX_LEVELS, lambda v: is_number(v, 1e-9, 1e6), "a number in 1e-9..1e6")
+    box, mix = f"a box inside {size}x{size}", _MIX_EXPECTED.format(size=size)
+    views = f.optional("views", lambda key: f.entries(key, 1, MAX_VIEWS, lambda v: _is_box(v, size), box))
+    mixes = f.optional("mixes", lambda key: f.entries(key, 1, MAX_MIXES, lambda v: _is_mix(v, size), mix))
+    levels = f.entries("distances", 2, MAX_LEVELS, lambda v: is_number(v, 0, 1e6), "a number in 0..1e6")
     return Codebooks(
-        views=np.array(views, np.int16).reshape(-1, 4),
-        mixes=tuple(_mix(m) for m in mixes),
+        views=None if views is None else np.array(views, np.int16).reshape(-1, 4),
+        mixes=None if mixes is None else tuple(_mix(m) for m in mixes),
         distances=np.array(levels, np.float32),
     )
 
@@ -312,7 +318,7 @@ def _shard(f: Fields) -> ShardEntry:
 
 def _cross_checks(manifest: Manifest) -> list[str]:
     """Rules that join several values; run only when each value is well-formed by itself."""
-    problems = _shard_problems(manifest.shards)
+    problems = _shard_problems(manifest) + _codebook_problems(manifest)
     total = sum(s.images for s in manifest.shards)
     if manifest.images.count != total:
         problems.append(f"images.count is {manifest.images.count}, the shards hold {total}")
@@ -324,10 +330,23 @@ def _cross_checks(manifest: Manifest) -> list[str]:
     return problems
 
 
-def _shard_problems(shards: Sequence[ShardEntry]) -> list[str]:
+def _codebook_problems(manifest: Manifest) -> list[str]:
+    """Codebooks are there if and only if the coding uses them."""
+    verbatim = manifest.records.coding == "verbatim"
+    tables = {"views": manifest.codebooks.views, "mixes": manifest.codebooks.mixes}
+    return [
+        f"codebooks.{name} is {'null' if table is None else 'given'}, expected {'null' if verbatim else 'a list'} with "
+        f"{manifest.records.coding} coding"
+        for name, table in tables.items()
+        if (table is None) != verbatim
+    ]
+
+
+def _shard_problems(manifest: Manifest) -> list[str]:
     problems = []
     last = -1
-    for i, shard in enumerate(shards):
+    verbatim = manifest.records.coding == "verbatim"
+    for i, shard in enumerate(manifest.shards):
         try:
             number = shard_number(shard.name)
         except FormatError as error:
@@ -335,7 +354,9 @@ def _shard_problems(shards: Sequence[ShardEntry]) -> list[str]:
             continue
         if number <= last:
             problems.append(f"shards[{i}].name is {shard.name}, expected a higher number than the shard before")
-        if shard.pairs_per_epoch != shard.images:
+        if shard.pairs_per_epoch > shard.images or (shard.pairs_per_epoch < shard.images and not verbatim):
             problems.append(f"shards[{i}].pairs_per_epoch is {shard.pairs_per_epoch}, expected {shard.images}")
+        if shard.images > MAX_DRAWN_IMAGES and not verbatim:
+            problems.append(f"shards[{i}].images is {shard.images}, expected at most {MAX_DRAWN_IMAGES}")
         last = number
     return problems

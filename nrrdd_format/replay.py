@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from nrrdd_format.errors import FormatError
-from nrrdd_format.records import PairRecords
+from nrrdd_format.pairs import PairRecords
 
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP")
 

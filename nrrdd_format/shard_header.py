@@ -83,24 +83,25 @@ class ShardHeader:
 class RecordsHead:
     """The block table in front of the record blocks."""
 
+    epochs: int
     pairs: int
-    blocks: tuple[int, ...]  # bytes of each epoch's block
+    blocks: tuple[int, ...]  # bytes of each block
     crcs: tuple[int, ...]
 
     def pack(self) -> bytes:
         """The bytes in front of the first block."""
-        content = {"epochs": len(self.blocks), "pairs": self.pairs}
+        content = {"epochs": self.epochs, "pairs": self.pairs}
         return pack_frame({**content, "blocks": list(self.blocks), "crcs": list(self.crcs)})
 
     @classmethod
-    def parse(cls, data: bytes, *, epochs: int, pairs: int, max_block: int) -> RecordsHead:
+    def parse(cls, data: bytes, *, epochs: int, pairs: int, blocks: int, max_block: int) -> RecordsHead:
         """Check and read the head against what the shard header and the layout promise."""
         content = unpack_frame(data)
         bounded(content.get("epochs"), "epochs", epochs, epochs)
         bounded(content.get("pairs"), "pairs", pairs, pairs)
-        blocks = [bounded(b, "block size", 1, max_block) for b in _list(content, "blocks", epochs, epochs)]
-        crcs = [bounded(c, "block crc32", 0, 2**32 - 1) for c in _list(content, "crcs", epochs, epochs)]
-        return cls(pairs=pairs, blocks=tuple(blocks), crcs=tuple(crcs))
+        sizes = [bounded(b, "block size", 1, max_block) for b in _list(content, "blocks", blocks, blocks)]
+        crcs = [bounded(c, "block crc32", 0, 2**32 - 1) for c in _list(content, "crcs", blocks, blocks)]
+        return cls(epochs=epochs, pairs=pairs, blocks=tuple(sizes), crcs=tuple(crcs))
 
 
 def image_name(index: int, label: int, extension: str) -> str:

@@ -19,8 +19,9 @@ from nrrdd_format.errors import ConfigError, FormatError
 from nrrdd_format.files import atomic_write
 from nrrdd_format.frames import PREFIX, payload_length
 from nrrdd_format.limits import MAX_EPOCHS, MAX_IMAGE_BYTES, MAX_SHARDS
+from nrrdd_format.pairs import PairRecords, RecordLayout
 from nrrdd_format.pread import PositionedFile
-from nrrdd_format.records import PairRecords, RecordLayout, decode_epoch, max_block_bytes
+from nrrdd_format.records import block_count, decode_epoch, max_block_bytes
 from nrrdd_format.shard_header import (
     EXTENSIONS,
     HEADER_NAME,
@@ -86,19 +87,22 @@ def write_shard(
     images: Sequence[EncodedImage],
     extension: str,
     blocks: Sequence[bytes],
+    epochs: int,
     layout: RecordLayout,
 ) -> ShardEntry:
-    """Write one shard: `images` in the order the records number them, `blocks` one an epoch (`encode_epoch`).
+    """Write one shard: `images` in the order the records number them, `blocks` as of `encode_shard_records`.
 
     The file appears whole or not at all. Raises ConfigError for content the format cannot hold, OutputError
     where the file cannot be written.
     """
-    _check_content(shard, images, extension, blocks, layout)
-    head = RecordsHead(pairs=layout.pairs, blocks=tuple(map(len, blocks)), crcs=tuple(map(zlib.crc32, blocks)))
+    _check_content(shard, images, extension, blocks, epochs, layout)
+    head = RecordsHead(
+        epochs=epochs, pairs=layout.pairs, blocks=tuple(map(len, blocks)), crcs=tuple(map(zlib.crc32, blocks))
+    )
     records = [head.pack(), *blocks]
     members = [_member(image_name(i.index, i.label, extension), [i.data]) for i in images]
     members.append(_member(RECORDS_NAME, records))
-    header = ShardHeader(shard=shard, epochs=len(blocks), members=tuple(members)).pack()
+    header = ShardHeader(shard=shard, epochs=epochs, members=tuple(members)).pack()
     with atomic_write(Path(path)) as file:
         _write_member(file, HEADER_NAME, [header])
         for member, image in zip(members, images, strict=False):
@@ -116,12 +120,19 @@ def write_shard(
 
 
 def _check_content(
-    shard: int, images: Sequence[EncodedImage], extension: str, blocks: Sequence[bytes], layout: RecordLayout
+    shard: int,
+    images: Sequence[EncodedImage],
+    extension: str,
+    blocks: Sequence[bytes],
+    epochs: int,
+    layout: RecordLayout,
 ) -> None:
     _require(0 <= shard < MAX_SHARDS, f"shard number {shard}: expected 0..{MAX_SHARDS - 1}")
     _require(extension in EXTENSIONS, f"image extension {extension!r}: expected one of {', '.join(EXTENSIONS)}")
     _require(len(images) == layout.images, f"shard {shard}: {len(images)} images, expected {layout.images}")
-    _require(1 <= len(blocks) <= MAX_EPOCHS, f"shard {shard}: {len(blocks)} epochs, expected 1..{MAX_EPOCHS}")
+    _require(1 <= epochs <= MAX_EPOCHS, f"shard {shard}: {epochs} epochs, expected 1..{MAX_EPOCHS}")
+    count = block_count(layout, epochs)
+    _require(len(blocks) == count, f"shard {shard}: {len(blocks)} record blocks, expected {count}")
     _require(len({i.index for i in images}) == len(images), f"shard {shard}: an image index appears twice")
     for image in images:
         size = len(image.data)
@@ -196,14 +207,15 @@ class ShardReader:
         if not 0 <= epoch < self.epochs:
             raise IndexError(f"{self.path}: epoch {epoch}, expected 0..{self.epochs - 1}")
         head, start = self._load_records_head()
-        offset = start + sum(head.blocks[:epoch])
-        block = self._file.read(offset, head.blocks[epoch], RECORDS_NAME)
+        number = epoch // self.layout.block_epochs
+        offset = start + sum(head.blocks[:number])
+        block = self._file.read(offset, head.blocks[number], RECORDS_NAME)
         try:
-            if zlib.crc32(block) != head.crcs[epoch]:
-                raise FormatError(f"crc32 {zlib.crc32(block):08x}, expected {head.crcs[epoch]:08x}")
-            return decode_epoch(block, self.layout, self.shard, epoch)
+            if zlib.crc32(block) != head.crcs[number]:
+                raise FormatError(f"crc32 {zlib.crc32(block):08x}, expected {head.crcs[number]:08x}")
+            return decode_epoch(block, self.layout, shard=self.shard, epoch=epoch, epochs=self.epochs)
         except FormatError as error:
-            reason = f"block of epoch {epoch}: {error.reason}"
+            reason = f"block {number}, epoch {epoch}: {error.reason}"
             raise FormatError(reason, path=self.path, member=RECORDS_NAME, offset=offset) from None
 
     def check_rest(self) -> None:
@@ -274,7 +286,8 @@ class ShardReader:
         prefix = self._file.read(start, min(PREFIX.size, size), RECORDS_NAME)
         length = PREFIX.size + payload_length(prefix, size)
         data, bound = self._file.read(start, length, RECORDS_NAME), max_block_bytes(self.layout)
-        head = RecordsHead.parse(data, epochs=self.epochs, pairs=self.layout.pairs, max_block=bound)
+        count = block_count(self.layout, self.epochs)
+        head = RecordsHead.parse(data, epochs=self.epochs, pairs=self.layout.pairs, blocks=count, max_block=bound)
         if length + sum(head.blocks) != size:
             raise FormatError(f"head and blocks take {length + sum(head.blocks)} bytes, expected {size}")
         return head

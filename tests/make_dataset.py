@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from nrrdd_format import draws
-from nrrdd_format.codebooks import Codebooks, MixKind, distance_levels, mix_codebook, quantize, view_codebook
+from nrrdd_format.codebooks import Codebooks, MixKind, distance_levels, mix_codebook, view_codebook
 from nrrdd_format.manifest import (
     CODEC_EXTENSIONS,
     Codec,
@@ -20,7 +20,8 @@ from nrrdd_format.manifest import (
     RecordsInfo,
     TeacherInfo,
 )
-from nrrdd_format.records import Coding, draw_pairs, encode_epoch
+from nrrdd_format.pairs import Coding, PairRecords, RecordLayout, draw_pairs
+from nrrdd_format.records import encode_shard_records
 from nrrdd_format.shards import EncodedImage, ShardEntry, shard_name, write_shard
 
 
@@ -34,6 +35,7 @@ def make_tiny_dataset(
     shards: int = 2,
     cycle: int = 3,
     mix_group: int = 2,
+    block_epochs: int = 2,
     mix: MixKind = "both",
     coding: Coding = "explicit",
     codec: Codec = "png",
@@ -62,6 +64,7 @@ def make_tiny_dataset(
             epochs=epochs,
             cycle=cycle,
             mix_group=mix_group,
+            block_epochs=block_epochs,
             seed=seed,
             mix=mix,
             temperature=1.0,
@@ -84,11 +87,8 @@ def _write(path: Path, manifest: Manifest, shard: int, indices: list[int]) -> Sh
     info = manifest.images
     classes, seed = len(manifest.dataset.class_names), manifest.records.seed
     layout = manifest.layout_for(len(indices))
-    blocks = []
-    for epoch in range(manifest.records.epochs):
-        drawn = draws.uniform(seed, "tiny-distances", shard, epoch, count=2 * len(indices)).reshape(2, -1)
-        levels = quantize(-np.log(np.clip(drawn / 2, 1e-3, 1)), layout.levels)
-        blocks.append(encode_epoch(draw_pairs(layout, shard, epoch), layout, levels[0], levels[1]))
+    epochs = manifest.records.epochs
+    blocks = encode_shard_records((_labelled(layout, seed, shard, epoch) for epoch in range(epochs)), layout, shard)
     return write_shard(
         path / shard_name(shard),
         shard=shard,
@@ -97,8 +97,16 @@ def _write(path: Path, manifest: Manifest, shard: int, indices: list[int]) -> Sh
         ],
         extension=CODEC_EXTENSIONS[info.codec],
         blocks=blocks,
+        epochs=epochs,
         layout=layout,
     )
+
+
+def _labelled(layout: RecordLayout, seed: int, shard: int, epoch: int) -> PairRecords:
+    """The pairs of an epoch with random distances."""
+    drawn = draws.uniform(seed, "tiny-distances", shard, epoch, count=2 * layout.pairs).reshape(2, -1)
+    org, aug = -np.log(np.clip(drawn / 2, 1e-3, 1)).astype(np.float32)
+    return replace(draw_pairs(layout, shard, epoch), distance_org=org, distance_aug=aug)
 
 
 def _picture(seed: int, index: int, size: int, codec: Codec) -> bytes:

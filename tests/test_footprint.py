@@ -27,7 +27,7 @@ from benchmarks.footprint import (
 from nrrdd_format.dataset import DistilledDataset, open_dataset
 from nrrdd_format.errors import ConfigError
 from nrrdd_format.manifest import MANIFEST_NAME
-from nrrdd_format.records import Coding, PairRecords
+from nrrdd_format.pairs import Coding, PairRecords
 from nrrdd_format.verify import verify_dataset
 
 IMAGES, EPOCHS = 12, 3

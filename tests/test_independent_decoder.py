@@ -72,27 +72,56 @@ def derived_draws(manifest: dict[str, Any], n: int, groups: int, shard: int, epo
     }
 
 
-def partners(order: list[int], cycle: int) -> list[int]:
-    starts = list(range(0, len(order), cycle))
-    if len(order) % cycle == 1 and len(starts) > 1:
+def group_bounds(pairs: int, cycle: int) -> list[tuple[int, int]]:
+    starts = list(range(0, pairs, cycle))
+    if pairs % cycle == 1 and len(starts) > 1:
         del starts[-1]
+    return list(zip(starts, [*starts[1:], pairs], strict=True))
+
+
+def partners(order: list[int], cycle: int) -> list[int]:
     result = []
-    for low, high in zip(starts, [*starts[1:], len(order)], strict=True):
+    for low, high in group_bounds(len(order), cycle):
         result += [*order[low + 1 : high], order[low]]
     return result
 
 
-def decode_block(manifest: dict[str, Any], block: bytes, n: int, shard: int, epoch: int) -> dict[str, list[Any]]:
-    content = zstandard.ZstdDecompressor().decompress(block)
-    packed, levels_org, levels_aug = content[: -2 * n], content[-2 * n : -n], content[-n:]
-    group = manifest["records"]["mix_group"]
-    groups = (n + group - 1) // group
-    if manifest["records"]["coding"] == "explicit":
-        drawn = explicit_draws(manifest, n, groups, BitReader(packed))
-    else:
-        assert packed == b""
-        drawn = derived_draws(manifest, n, groups, shard, epoch)
-    books, size = manifest["codebooks"], manifest["images"]["size"]
+def verbatim_pairs(manifest: dict[str, Any], n: int, pairs: int, groups: int, bits: BitReader) -> dict[str, list[Any]]:
+    """The columns of an epoch with verbatim coding."""
+    cycle, size = manifest["records"]["cycle"], manifest["images"]["size"]
+    bounds = group_bounds(pairs, cycle)
+    image = [bits.take(bits_for(n)) for _ in range(pairs)]
+    partner = [low + bits.take(bits_for(high - low)) for low, high in bounds for _ in range(low, high)]
+    view = [read_box(bits, size) for _ in range(pairs)]
+    flip = [bool(bits.take(1)) if manifest["images"]["flip"] else False for _ in range(pairs)]
+    mixes = []
+    for _ in range(groups):
+        cut, box = bits.take(1), read_box(bits, size)
+        lam = struct.unpack("<f", struct.pack("<I", bits.take(16) | bits.take(16) << 16))[0]
+        mixes.append((bool(cut), box if cut else [0, 0, 0, 0], lam))
+    assert bits.rest == 0
+    mix = [mixes[t // manifest["records"]["mix_group"]] for t in range(pairs)]
+    return {
+        "index_org": image,
+        "index_aug": [image[p] for p in partner],
+        "view_org": view,
+        "view_aug": [view[p] for p in partner],
+        "flip_org": flip,
+        "flip_aug": [flip[p] for p in partner],
+        "is_cutmix": [cut for cut, _, _ in mix],
+        "mix_box": [box for _, box, _ in mix],
+        "lam": [lam for _, _, lam in mix],
+    }
+
+
+def read_box(bits: BitReader, size: int) -> list[int]:
+    top, left, height, width = (bits.take(bits_for(size)) for _ in range(4))
+    return [top, left, height + 1, width + 1]
+
+
+def drawn_pairs(manifest: dict[str, Any], drawn: dict[str, list[int]], n: int) -> dict[str, list[Any]]:
+    """The columns of an epoch with explicit or derived coding."""
+    books, size, group = manifest["codebooks"], manifest["images"]["size"], manifest["records"]["mix_group"]
     org, aug = drawn["order"], partners(drawn["order"], manifest["records"]["cycle"])
     mixes = [books["mixes"][drawn["mix"][t // group]] for t in range(n)]
     cut = [isinstance(m, list) for m in mixes]
@@ -106,9 +135,34 @@ def decode_block(manifest: dict[str, Any], block: bytes, n: int, shard: int, epo
         "is_cutmix": cut,
         "mix_box": [m if c else [0, 0, 0, 0] for m, c in zip(mixes, cut, strict=True)],
         "lam": [1 - m[2] * m[3] / size**2 if c else m for m, c in zip(mixes, cut, strict=True)],
-        "distance_org": [books["distances"][level] for level in levels_org],
-        "distance_aug": [books["distances"][level] for level in levels_aug],
     }
+
+
+def decode_block(
+    manifest: dict[str, Any], block: bytes, n: int, pairs: int, shard: int, first: int, count: int
+) -> list[dict[str, list[Any]]]:
+    """The epochs of one block, `first` the number of its first."""
+    content = zstandard.ZstdDecompressor().decompress(block)
+    books, coding = manifest["codebooks"]["distances"], manifest["records"]["coding"]
+    joint = len(books) <= 16
+    levels = content[len(content) - count * pairs * (1 if joint else 2) :]
+    packed = content[: len(content) - len(levels)]
+    groups = -(-pairs // manifest["records"]["mix_group"])
+    epochs = []
+    for k in range(count):
+        bits = BitReader(packed[k * len(packed) // count : (k + 1) * len(packed) // count])
+        if coding == "verbatim":
+            columns = verbatim_pairs(manifest, n, pairs, groups, bits)
+        elif coding == "explicit":
+            columns = drawn_pairs(manifest, explicit_draws(manifest, n, groups, bits), n)
+        else:
+            columns = drawn_pairs(manifest, derived_draws(manifest, n, groups, shard, first + k), n)
+        here = levels[k * len(levels) // count : (k + 1) * len(levels) // count]
+        both = [divmod(b, len(books)) for b in here] if joint else list(zip(here[::2], here[1::2], strict=True))
+        columns["distance_org"] = [books[org] for org, _ in both]
+        columns["distance_aug"] = [books[aug] for _, aug in both]
+        epochs.append(columns)
+    return epochs
 
 
 def decode_shard(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -119,12 +173,13 @@ def decode_shard(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
     assert [[name, len(data), zlib.crc32(data)] for name, data in members[1:]] == header["members"]
     names = [name for name, _ in members[1:-1]]
     head, blocks = read_frame(members[-1][1])
-    epochs = []
-    for epoch, (size, crc) in enumerate(zip(head["blocks"], head["crcs"], strict=True)):
+    epochs: list[dict[str, list[Any]]] = []
+    for size, crc in zip(head["blocks"], head["crcs"], strict=True):
         block, blocks = blocks[:size], blocks[size:]
         assert zlib.crc32(block) == crc
-        epochs.append(decode_block(manifest, block, len(names), header["shard"], epoch))
-    assert blocks == b""
+        count = min(manifest["records"]["block_epochs"], head["epochs"] - len(epochs))
+        epochs += decode_block(manifest, block, len(names), head["pairs"], header["shard"], len(epochs), count)
+    assert blocks == b"" and len(epochs) == head["epochs"]
     return {
         "indices": [int(name.split("_c")[0]) for name in names],
         "labels": [int(name.split("_c")[1].split(".")[0]) for name in names],
@@ -157,7 +212,7 @@ def test_the_worked_example_of_the_spec_is_in_the_golden_shard() -> None:
         member = archive.extractfile("__nrrdd__/records")
         assert member is not None
         data = member.read()
-    assert len(printed) == 8 + 42 + 33
+    assert len(printed) == 8 + 42 + 40
     assert data.startswith(printed)
 
 

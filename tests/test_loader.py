@@ -22,7 +22,7 @@ from loaders import DBRBatch, DBRLoader, reading
 from loaders.order import all_cycles, epoch_order, stored_epoch
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.errors import ConfigError, FormatError
-from nrrdd_format.records import PairRecords
+from nrrdd_format.pairs import PairRecords
 from nrrdd_format.replay import decode_image, plan_batch, replay, stack_images
 
 PAIRS = 12  # of an epoch of the dataset below

@@ -71,8 +71,9 @@ def test_the_dataset_id_depends_on_content_only(content: dict[str, Any]) -> None
 def test_layout_carries_the_tables(content: dict[str, Any]) -> None:
     layout = Manifest.decode(json.dumps(content).encode()).layout(1)
     assert (layout.images, layout.pairs, layout.cycle, layout.mix_group, layout.seed) == (7, 7, 3, 2, 11)
-    assert (len(layout.views), len(layout.mixes), len(layout.levels)) == (6, 5, 16)
-    assert layout.views.tolist() == content["codebooks"]["views"]
+    views, mixes = layout.codebooks
+    assert (len(views), len(mixes), len(layout.levels), layout.block_epochs) == (6, 5, 16, 1)
+    assert views.tolist() == content["codebooks"]["views"]
 
 
 FAULTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
@@ -127,7 +128,12 @@ FAULTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (put("codebooks.mixes.0", "x"), r"codebooks\.mixes\[0\] is 'x'"),
     (put("codebooks.distances", [1.0]), r"codebooks\.distances is a list of 1"),
     (put("codebooks.distances", list(range(1, 258))), r"codebooks\.distances is a list of 257"),
-    (put("codebooks.distances.3", 0), r"codebooks\.distances\[3\] is 0"),
+    (put("codebooks.distances.3", -1), r"codebooks\.distances\[3\] is -1"),
+    (put("codebooks.distances.3", 0), r"codebooks\.distances is not strictly ascending"),
+    (put("codebooks.views", None), r"codebooks\.views is null, expected a list with explicit coding"),
+    (put("records.coding", "verbatim"), r"codebooks\.views is given, expected null with verbatim coding"),
+    (put("records.block_epochs", 0), r"records\.block_epochs is 0"),
+    (put("shards.0.images", 16385), r"shards\[0\]\.images is 16385, expected at most 16384"),
     (put("codebooks.distances.3", 16.0), "codebooks.distances is not strictly ascending"),
     (put("codebooks.distances", [1.0, 1.000000001]), "codebooks.distances is not strictly ascending"),
     (put("teacher.sha256", "ABC"), r"teacher\.sha256 is 'ABC', expected 64 hex digits"),

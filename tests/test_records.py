@@ -11,7 +11,7 @@ import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from tiny_dataset import free_pairs
 
 from nrrdd_format import bits
 from nrrdd_format.codebooks import (
@@ -23,21 +23,10 @@ from nrrdd_format.codebooks import (
     view_codebook,
 )
 from nrrdd_format.errors import ConfigError, FormatError
-from nrrdd_format.records import (
-    Coding,
-    PairDraws,
-    PairRecords,
-    RecordLayout,
-    cycle_bounds,
-    decode_epoch,
-    draw_pairs,
-    encode_epoch,
-    expand,
-    expand_pairs,
-    max_block_bytes,
-)
+from nrrdd_format.pairs import Coding, PairDraws, PairRecords, RecordLayout, cycle_bounds, draw_pairs, expand
+from nrrdd_format.records import block_count, decode_epoch, encode_block, encode_shard_records, max_block_bytes
 
-CODINGS: tuple[Coding, ...] = ("explicit", "derived")
+CODINGS: tuple[Coding, ...] = ("explicit", "derived", "verbatim")
 
 
 def make_layout(**changes: Any) -> RecordLayout:
@@ -45,8 +34,10 @@ def make_layout(**changes: Any) -> RecordLayout:
     defaults: dict[str, Any] = {
         "images": images,
         "pairs": images,
+        "size": 16,
         "cycle": 4,
         "mix_group": 2,
+        "block_epochs": 2,
         "flip": True,
         "coding": "explicit",
         "seed": 1,
@@ -54,11 +45,30 @@ def make_layout(**changes: Any) -> RecordLayout:
         "mixes": MixTable.from_entries(mix_codebook(0, 16, "both", count=5), 16),
         "levels": distance_levels(16),
     }
+    if changes.get("coding") == "verbatim":
+        defaults |= {"views": None, "mixes": None}
     return RecordLayout(**{**defaults, **changes})
 
 
-def levels_of(layout: RecordLayout, step: int) -> NDArray[np.uint8]:
-    return (np.arange(layout.pairs) * step % len(layout.levels)).astype(np.uint8)
+def labelled(records: PairRecords, layout: RecordLayout, step: int = 1) -> PairRecords:
+    """The pairs with distances that are levels."""
+    org, aug = (np.arange(len(records)) * k % len(layout.levels) for k in (step, step + 1))
+    return replace(records, distance_org=layout.levels[org], distance_aug=layout.levels[aug])
+
+
+def some_pairs(layout: RecordLayout, epoch: int = 0, step: int = 1) -> PairRecords:
+    """Pairs that the layout's coding can express, with distances."""
+    if layout.coding == "verbatim":
+        return labelled(free_pairs(layout, epoch), layout, step)
+    return labelled(draw_pairs(layout, 0, epoch), layout, step)
+
+
+def encode(records: PairRecords, layout: RecordLayout) -> bytes:
+    return encode_block([records], layout, shard=0, first_epoch=0)
+
+
+def decode(block: bytes, layout: RecordLayout) -> PairRecords:
+    return decode_epoch(block, layout, shard=0, epoch=0, epochs=1)
 
 
 def assert_same(a: PairRecords, b: PairRecords) -> None:
@@ -71,14 +81,15 @@ def assert_same(a: PairRecords, b: PairRecords) -> None:
 # ---- bit packing
 
 
-@given(st.lists(st.integers(0, 16).flatmap(lambda w: st.tuples(st.just(w), st.integers(0, 2**w - 1))), max_size=60))
+@given(st.lists(st.integers(0, 18).flatmap(lambda w: st.tuples(st.just(w), st.integers(0, 2**w - 1))), max_size=60))
 def test_bits_round_trip(items: list[tuple[int, int]]) -> None:
     widths = np.array([w for w, _ in items], np.int64)
     values = np.array([v for _, v in items], np.int64)
     data = bits.pack(values, widths)
     assert len(data) == bits.packed_bytes(widths)
-    assert bits.padding_bits(data, widths) == 0
-    assert bits.unpack(data, widths).tolist() == values.tolist()
+    stream = np.frombuffer(data, np.uint8)
+    assert bits.padding_bits(stream, widths) == 0
+    assert bits.unpack(stream, widths).tolist() == values.tolist()
 
 
 def test_bits_have_the_layout_of_the_spec() -> None:
@@ -114,7 +125,7 @@ def test_cycle_bounds(pairs: int, cycle: int, expected: list[int]) -> None:
 @given(st.integers(2, 80), st.integers(2, 20), st.integers(0, 3))
 def test_each_image_is_org_once_and_aug_once_and_never_its_own_partner(images: int, cycle: int, epoch: int) -> None:
     layout = make_layout(images=images, cycle=cycle)
-    records = expand_pairs(draw_pairs(layout, 0, epoch), layout)
+    records = draw_pairs(layout, 0, epoch)
     assert sorted(records.index_org.tolist()) == list(range(images))
     assert sorted(records.index_aug.tolist()) == list(range(images))
     assert not np.any(records.index_org == records.index_aug)
@@ -126,7 +137,7 @@ def test_each_image_is_org_once_and_aug_once_and_never_its_own_partner(images: i
 
 def test_an_image_has_one_view_in_both_roles() -> None:
     layout = make_layout(images=30)
-    records = expand_pairs(draw_pairs(layout, 0, 0), layout)
+    records = draw_pairs(layout, 0, 0)
     as_org = {i: (tuple(v), f) for i, v, f in zip(records.index_org, records.view_org, records.flip_org, strict=True)}
     as_aug = {i: (tuple(v), f) for i, v, f in zip(records.index_aug, records.view_aug, records.flip_aug, strict=True)}
     assert as_org == as_aug
@@ -134,27 +145,26 @@ def test_an_image_has_one_view_in_both_roles() -> None:
 
 def test_pairs_of_a_mix_group_share_their_mix_and_distances_are_unknown_before_relabeling() -> None:
     layout = make_layout(images=9, mix_group=4)
-    drawn = draw_pairs(layout, 0, 0)
-    records = expand_pairs(drawn, layout)
-    assert layout.groups == 3 == len(drawn.mix)
+    records = draw_pairs(layout, 0, 0)
+    assert layout.groups == 3
     assert len(np.unique(records.lam[:4])) == 1 and len(np.unique(records.lam[4:8])) == 1
     assert np.isnan(records.distance_org).all() and np.isnan(records.distance_aug).all()
 
 
 def test_draws_depend_on_seed_shard_and_epoch() -> None:
     def order(seed: int, shard: int, epoch: int) -> tuple[int, ...]:
-        return tuple(draw_pairs(make_layout(images=50, seed=seed), shard, epoch).order.tolist())
+        return tuple(draw_pairs(make_layout(images=50, seed=seed), shard, epoch).index_org.tolist())
 
     assert len({order(1, 0, 0), order(2, 0, 0), order(1, 1, 0), order(1, 0, 1)}) == 4
 
 
 def test_no_flips_where_the_dataset_allows_none() -> None:
-    assert not draw_pairs(make_layout(images=50, flip=False), 0, 0).flip.any()
+    assert not draw_pairs(make_layout(images=50, flip=False), 0, 0).flip_org.any()
 
 
 def test_take_keeps_the_order_asked_for() -> None:
     layout = make_layout()
-    records = expand(draw_pairs(layout, 0, 0), layout, levels_of(layout, 1), levels_of(layout, 3))
+    records = some_pairs(layout)
     chosen = records.take(np.array([4, 0]))
     assert len(chosen) == 2
     assert chosen.index_org.tolist() == [records.index_org[4], records.index_org[0]]
@@ -166,159 +176,274 @@ def test_take_keeps_the_order_asked_for() -> None:
 
 @st.composite
 def layouts(draw: st.DrawFn) -> RecordLayout:
+    coding = draw(st.sampled_from(CODINGS))
+    images = draw(st.integers(2, 70))
+    codebooks = (
+        {} if coding == "verbatim" else {"views": view_codebook(0, 16, (0.3, 1.0), count=draw(st.integers(1, 40)))}
+    )
     return make_layout(
-        images=draw(st.integers(2, 70)),
+        images=images,
+        pairs=draw(st.integers(2, images)) if coding == "verbatim" else images,
         cycle=draw(st.integers(2, 12)),
         mix_group=draw(st.integers(1, 80)),
+        block_epochs=draw(st.integers(1, 4)),
         flip=draw(st.booleans()),
-        coding=draw(st.sampled_from(CODINGS)),
+        coding=coding,
         seed=draw(st.integers(0, 2**63 - 1)),
-        views=view_codebook(0, 16, (0.3, 1.0), count=draw(st.integers(1, 40))),
         levels=distance_levels(draw(st.integers(2, 256))),
+        **codebooks,
     )
 
 
-@given(layouts(), st.integers(0, 65535), st.integers(0, 65535), st.integers(1, 50))
-def test_blocks_round_trip(layout: RecordLayout, shard: int, epoch: int, step: int) -> None:
-    drawn = draw_pairs(layout, shard, epoch)
-    org, aug = levels_of(layout, step), levels_of(layout, step + 1)
-    data = encode_epoch(drawn, layout, org, aug)
-    assert len(data) <= max_block_bytes(layout)
-    assert_same(decode_epoch(data, layout, shard, epoch), expand(drawn, layout, org, aug))
+@given(layouts(), st.integers(1, 9), st.integers(1, 50))
+def test_blocks_round_trip(layout: RecordLayout, epochs: int, step: int) -> None:
+    records = [some_pairs(layout, epoch, step + epoch) for epoch in range(epochs)]
+    blocks = encode_shard_records(records, layout, 0)
+    assert len(blocks) == block_count(layout, epochs)
+    assert max(map(len, blocks)) <= max_block_bytes(layout)
+    for epoch in range(epochs):
+        block = blocks[epoch // layout.block_epochs]
+        assert_same(decode_epoch(block, layout, shard=0, epoch=epoch, epochs=epochs), records[epoch])
 
 
 @given(st.permutations(range(12)), st.lists(st.integers(0, 5), min_size=12, max_size=12))
-def test_explicit_blocks_hold_any_draws(order: list[int], view: list[int]) -> None:
+def test_explicit_blocks_hold_any_indices(order: list[int], view: list[int]) -> None:
     layout = make_layout(images=12)
     drawn = PairDraws(
         order=np.array(order), view=np.array(view), flip=np.array(view) > 2, mix=np.array([4, 0, 1, 2, 3, 4])
     )
-    data = encode_epoch(drawn, layout, levels_of(layout, 1), levels_of(layout, 2))
-    assert_same(decode_epoch(data, layout, 0, 0), expand(drawn, layout, levels_of(layout, 1), levels_of(layout, 2)))
+    records = labelled(expand(drawn, layout), layout)
+    assert_same(decode(encode(records, layout), layout), records)
 
 
-def test_the_largest_shard() -> None:
-    layout = make_layout(images=65536, cycle=10)
-    drawn = draw_pairs(layout, 0, 0)
-    data = encode_epoch(drawn, layout, levels_of(layout, 1), levels_of(layout, 2))
-    assert decode_epoch(data, layout, 0, 0).index_org.tolist() == drawn.order.tolist()
+@pytest.mark.parametrize(("coding", "images"), [("explicit", 16384), ("verbatim", 262144)])
+def test_the_largest_shards(coding: Coding, images: int) -> None:
+    layout = make_layout(images=images, cycle=10, coding=coding)
+    records = some_pairs(layout)
+    assert_same(decode(encode(records, layout), layout), records)
 
 
-def test_a_pair_costs_what_the_design_promises() -> None:
-    layout = make_layout(
-        images=1000,
-        cycle=10,
-        mix_group=10,
-        views=view_codebook(0, 64, (0.25, 1.0)),
-        mixes=MixTable.from_entries(mix_codebook(0, 64), 64),
-        levels=distance_levels(16),
-    )
-    rng = np.random.default_rng(0)
-    org, aug = (quantize(rng.lognormal(1.2, 0.7, 1000), layout.levels) for _ in range(2))
-    explicit = encode_epoch(draw_pairs(layout, 0, 0), layout, org, aug)
-    derived = encode_epoch(draw_pairs(layout, 0, 0), replace(layout, coding="derived"), org, aug)
-    assert len(explicit) / 1000 <= 3.4
-    assert len(derived) / 1000 <= 0.9
+def test_distances_are_rounded_to_the_nearest_level() -> None:
+    layout = make_layout()
+    records = some_pairs(layout)
+    moved = replace(records, distance_org=records.distance_org + np.float32(0.01))
+    assert_same(decode(encode(moved, layout), layout), records)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -0.1])
+def test_distances_that_are_none_are_refused(wrong: float) -> None:
+    layout = make_layout()
+    records = some_pairs(layout)
+    records.distance_aug[3] = wrong
+    with pytest.raises(FormatError, match="expected a finite number >= 0"):
+        encode(records, layout)
+
+
+def changed(records: PairRecords, **columns: Any) -> PairRecords:
+    """The records with the first entry of some columns replaced."""
+    copies = {name: getattr(records, name).copy() for name in columns}
+    for name, value in columns.items():
+        copies[name][0] = value
+    return replace(records, **copies)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"view_org": [0, 0, 1, 1]}, "view 0 is not in the codebook; store them with verbatim coding"),
+        ({"mix_box": [0, 0, 1, 1], "is_cutmix": True}, "mix 0 is not in the codebook"),
+        ({"lam": 0.123, "is_cutmix": False}, "mix 0 is not in the codebook"),
+        ({"index_org": 1}, "each image `org` at most once"),
+        ({"index_aug": 1}, "index_aug of pair 0 is 1, but this coding can only say"),
+        ({"view_aug": [0, 0, 1, 1]}, "view_aug of pair 0"),
+    ],
+)
+def test_explicit_coding_refuses_what_it_cannot_say(columns: dict[str, Any], message: str) -> None:
+    layout = make_layout()
+    records = some_pairs(layout)
+    if "index_org" in columns:
+        columns = {"index_org": records.index_org[1]}
+    if "index_aug" in columns:
+        columns = {"index_aug": records.index_org[0]}
+        message = message.replace("is 1", f"is {records.index_org[0]}")
+    with pytest.raises(ConfigError, match=message):
+        encode(changed(records, **columns), layout)
+
+
+def test_derived_coding_refuses_other_pairs_than_its_own() -> None:
+    layout = make_layout(coding="derived")
+    with pytest.raises(ConfigError, match=r"shard 1, epoch 0: the pairs are not those .* \(index_org differs\)"):
+        encode_block([some_pairs(layout)], layout, shard=1, first_epoch=0)
+
+
+def test_verbatim_coding_refuses_a_partner_outside_the_group() -> None:
+    layout = make_layout(coding="verbatim")
+    records = some_pairs(layout)
+    with pytest.raises(ConfigError, match="pair 0 has a partner outside its group of 4"):
+        encode(changed(records, index_aug=records.index_org[5]), layout)
 
 
 def test_every_flipped_byte_is_refused_or_harmless() -> None:
     """A damaged block never crashes the decoder; the shard's checksums are not consulted here."""
-    layout = make_layout()
-    data = encode_epoch(draw_pairs(layout, 0, 0), layout, levels_of(layout, 1), levels_of(layout, 3))
-    for at in range(len(data)):
-        for flip in (0x01, 0x80, 0xFF):
-            damaged = bytearray(data)
-            damaged[at] ^= flip
-            try:
-                records = decode_epoch(bytes(damaged), layout, 0, 0)
-            except FormatError:
-                continue
-            assert sorted(records.index_org.tolist()) == list(range(9))
+    for coding in CODINGS:
+        layout = make_layout(coding=coding)
+        data = encode(some_pairs(layout), layout)
+        for at in range(len(data)):
+            for flip in (0x01, 0x80, 0xFF):
+                damaged = bytearray(data)
+                damaged[at] ^= flip
+                try:
+                    records = decode(bytes(damaged), layout)
+                except FormatError:
+                    continue
+                assert sorted(records.index_org.tolist()) == list(range(9))
 
 
 @given(st.binary(max_size=80))
 def test_garbage_is_refused(data: bytes) -> None:
     with pytest.raises(FormatError):
-        decode_epoch(data, make_layout(), 0, 0)
+        decode(data, make_layout())
 
 
 def test_truncated_and_extended_blocks_are_refused() -> None:
     layout = make_layout()
-    data = encode_epoch(draw_pairs(layout, 0, 0), layout, levels_of(layout, 1), levels_of(layout, 3))
+    data = encode(some_pairs(layout), layout)
     for wrong in [data[:n] for n in range(len(data))] + [data + b"\0", data + data]:
         with pytest.raises(FormatError):
-            decode_epoch(wrong, layout, 0, 0)
+            decode(wrong, layout)
+
+
+def test_a_block_of_fewer_epochs_than_it_should_hold_is_refused() -> None:
+    layout = make_layout()
+    with pytest.raises(FormatError, match="states 18 bytes of content, expected 36"):
+        decode_epoch(encode(some_pairs(layout), layout), layout, shard=0, epoch=0, epochs=2)
+
+
+def test_blocks_over_the_limit_are_refused_before_they_are_read() -> None:
+    with pytest.raises(FormatError, match=r"record blocks of \d+ bytes, expected at most 268435456"):
+        max_block_bytes(make_layout(coding="verbatim", images=262144, block_epochs=300))
 
 
 def test_a_zstd_bomb_is_refused_before_it_is_unpacked() -> None:
     bomb = zstandard.ZstdCompressor().compress(bytes(200_000_000))
-    with pytest.raises(FormatError, match="states 200000000 bytes of content, expected 27"):
-        decode_epoch(bomb, make_layout(), 0, 0)
+    with pytest.raises(FormatError, match="states 200000000 bytes of content, expected 18"):
+        decode(bomb, make_layout())
 
 
 def test_a_frame_that_does_not_state_its_size_is_refused() -> None:
     layout = make_layout()
-    frame = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(27))
-    with pytest.raises(FormatError, match="states no length of content, expected 27"):
-        decode_epoch(frame, layout, 0, 0)
+    frame = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(18))
+    with pytest.raises(FormatError, match="states no length of content, expected 18"):
+        decode(frame, layout)
 
 
 def test_a_frame_that_holds_more_than_it_states_is_refused() -> None:
-    honest = zstandard.ZstdCompressor().compress(bytes(range(28)))
-    assert honest[5] == 28
+    honest = zstandard.ZstdCompressor().compress(bytes(range(19)))
+    assert honest[5] == 19
     with pytest.raises(FormatError):
-        decode_epoch(honest[:5] + bytes([27]) + honest[6:], make_layout(), 0, 0)
+        decode(honest[:5] + bytes([18]) + honest[6:], make_layout())
 
 
-def with_fields(layout: RecordLayout, **changes: int) -> bytes:
-    """An explicit block of layout n=9, V=6, M=5, whose named field 0 is replaced."""
-    widths = np.array([4, 3, 3, 3, 3, 2, 2, 1, 0] + [3] * 9 + [1] * 9 + [3] * 5)
+# ---- fields out of range
+
+WIDTHS = {
+    "explicit": [4, 3, 3, 3, 3, 2, 2, 1, 0] + [3] * 9 + [1] * 9 + [3] * 5,
+    "verbatim": [4] * 9 + [2] * 4 + [3] * 5 + [4] * 36 + [1] * 9 + [1, 4, 4, 4, 4, 16, 16] * 5,
+}
+STARTS = {
+    "explicit": {"order": 0, "view": 9, "mix": 27},
+    "verbatim": {"image": 0, "partner": 9, "view": 18, "cutmix": 63, "mix box": 64, "lam": 68},
+}
+
+
+def with_fields(coding: Coding, **changes: int | list[int]) -> bytes:
+    """A block of a layout with n=9, V=6, M=5, S=16 whose named fields are replaced from the first on."""
+    widths = np.array(WIDTHS[coding])
     values = np.zeros(len(widths), np.int64)
-    starts = {"order": 0, "view": 9, "mix": 27}
+    if coding == "verbatim":
+        values[:9] = range(9)
     for name, value in changes.items():
-        values[starts[name]] = value
-    return zstandard.ZstdCompressor().compress(bits.pack(values, widths) + bytes(2 * layout.pairs))
+        start = STARTS[coding][name.replace("_", " ")]
+        values[start : start + np.size(value)] = value
+    return zstandard.ZstdCompressor().compress(bits.pack(values, widths) + bytes(9))
 
 
 @pytest.mark.parametrize(("field", "limit"), [("order", 9), ("view", 6), ("mix", 5)])
-def test_fields_out_of_range_are_refused(field: str, limit: int) -> None:
+def test_explicit_fields_out_of_range_are_refused(field: str, limit: int) -> None:
     layout = make_layout()
-    decode_epoch(with_fields(layout, **{field: limit - 1}), layout, 0, 0)
+    decode(with_fields("explicit", **{field: limit - 1}), layout)
     with pytest.raises(FormatError, match=f"{field} 0 is {limit}, expected less than {limit}"):
-        decode_epoch(with_fields(layout, **{field: limit}), layout, 0, 0)
+        decode(with_fields("explicit", **{field: limit}), layout)
+
+
+ONE_HALF = [0, int(np.float32(0.5).view(np.uint32)) >> 16]
+TWO = [0, int(np.float32(2).view(np.uint32)) >> 16]
+NAN = [0, 0x7FC0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": 9}, "image 0 is 9, expected less than 9"),
+        ({"image": [1, 1]}, "an image is named twice"),
+        ({"partner": [0, 0, 0, 0, 5]}, "partner 4 is 5, expected less than 5"),
+        ({"view": [10, 0, 6, 0]}, r"view 0 is \[10, 0, 7, 1\], expected a box inside 16x16"),
+        ({"cutmix": 1, "mix_box": [0, 10, 0, 6]}, r"mix box 0 is \[0, 10, 1, 7\], expected a box inside 16x16"),
+        ({"cutmix": 0, "mix_box": [0, 1, 0, 0]}, "a Mixup has a box"),
+        ({"lam": TWO}, "lam of mix 0 is 2.0, expected 0..1"),
+        ({"lam": NAN}, "lam of mix 0 is nan, expected 0..1"),
+    ],
+)
+def test_verbatim_fields_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
+    layout = make_layout(coding="verbatim")
+    fine = decode(with_fields("verbatim", cutmix=1, mix_box=[0, 10, 0, 5], lam=ONE_HALF), layout)
+    assert fine.mix_box[0].tolist() == [0, 10, 1, 6] and fine.lam[0] == 0.5
+    with pytest.raises(FormatError, match=message):
+        decode(with_fields("verbatim", **changes), layout)
 
 
 def test_padding_bits_must_be_zero() -> None:
     layout = make_layout(flip=False)  # 63 bits of fields: one bit of padding
-    decode_epoch(zstandard.ZstdCompressor().compress(bytes(8) + bytes(18)), layout, 0, 0)
+    decode(zstandard.ZstdCompressor().compress(bytes(8) + bytes(9)), layout)
     with pytest.raises(FormatError, match="padding"):
-        decode_epoch(zstandard.ZstdCompressor().compress(bytes(7) + b"\x80" + bytes(18)), layout, 0, 0)
+        decode(zstandard.ZstdCompressor().compress(bytes(7) + b"\x80" + bytes(9)), layout)
 
 
-@pytest.mark.parametrize("coding", CODINGS)
-def test_levels_out_of_range_are_refused(coding: Coding) -> None:
-    layout = make_layout(coding=coding)
-    wrong = np.array([0] * 8 + [16], np.uint8)
-    fine = np.zeros(9, np.uint8)
-    with pytest.raises(FormatError, match="distance_aug 8 is 16, expected less than 16"):
-        encode_epoch(draw_pairs(layout, 0, 0), layout, fine, wrong)
-    block = encode_epoch(draw_pairs(layout, 0, 0), replace(layout, levels=distance_levels(17)), wrong, fine)
-    with pytest.raises(FormatError, match="distance_org 8 is 16, expected less than 16"):
-        decode_epoch(block, layout, 0, 0)
-
-
-def test_levels_of_another_shape_are_refused() -> None:
-    layout = make_layout()
-    with pytest.raises(FormatError, match="distance_org"):
-        encode_epoch(draw_pairs(layout, 0, 0), layout, np.zeros(8, np.uint8), np.zeros(9, np.uint8))
+@pytest.mark.parametrize(
+    ("levels", "content", "message"),
+    [
+        (16, bytes([255] * 9), None),
+        (15, bytes([224] * 9), None),
+        (15, bytes([225]) + bytes(8), "levels of pair 0 are 225, expected less than 225"),
+        (17, bytes([16] * 18), None),
+        (17, bytes(9) + bytes([17]) + bytes(8), "levels of pair 4 are 17, expected less than 17"),
+        (256, bytes([255] * 18), None),
+    ],
+)
+def test_levels_out_of_range_are_refused(levels: int, content: bytes, message: str | None) -> None:
+    layout = make_layout(coding="derived", levels=distance_levels(levels))
+    block = zstandard.ZstdCompressor().compress(content)
+    if message is None:
+        assert (decode(block, layout).distance_org == layout.levels[-1]).all()
+    else:
+        with pytest.raises(FormatError, match=message):
+            decode(block, layout)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"images": 1},
-        {"images": 65537},
+        {"images": 16385},
+        {"images": 262145, "coding": "verbatim"},
         {"images": 5, "pairs": 6},
+        {"images": 5, "pairs": 4},
+        {"images": 5, "pairs": 6, "coding": "verbatim"},
+        {"coding": "verbatim", "views": view_codebook(0, 16, (0.3, 1.0), count=6)},
+        {"views": None},
+        {"mixes": None},
+        {"size": 1},
+        {"block_epochs": 0},
         {"cycle": 1},
         {"mix_group": 0},
         {"coding": "other"},
@@ -390,17 +515,16 @@ def test_lam_is_the_exact_remaining_share() -> None:
 @given(st.integers(2, 256), st.lists(st.floats(0, 1e6), min_size=1, max_size=20))
 def test_quantize_finds_the_nearest_level(count: int, distances: list[float]) -> None:
     levels = distance_levels(count)
-    logs = np.log(levels.astype(np.float64))
     for distance, index in zip(distances, quantize(np.array(distances), levels), strict=True):
-        gap = np.abs(logs - np.log(np.clip(distance, levels[0], levels[-1])))
-        assert gap[index] <= gap.min() + 1e-6
+        gap = np.abs(levels.astype(np.float64) - distance)
+        assert gap[index] == gap.min()
 
 
 def test_levels_quantize_to_themselves_and_ends_clamp() -> None:
     levels = distance_levels()
-    assert quantize(levels, levels).tolist() == list(range(64))
-    assert quantize(np.array([0.0, 1e9]), levels).tolist() == [0, 63]
-    assert levels.dtype == np.float32 and levels[0] == np.float32(1e-3) and levels[-1] == 16
+    assert quantize(levels, levels).tolist() == list(range(16))
+    assert quantize(np.array([0.0, 1e9]), levels).tolist() == [0, 15]
+    assert levels.dtype == np.float32 and levels[0] == 0 and levels[-1] == 16
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -0.5])

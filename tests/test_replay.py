@@ -17,7 +17,7 @@ from torch import Tensor
 from nrrdd_format import replay as module
 from nrrdd_format.codebooks import MixTable, mix_codebook, view_codebook
 from nrrdd_format.errors import FormatError
-from nrrdd_format.records import PairRecords, RecordLayout, draw_pairs, expand_pairs
+from nrrdd_format.pairs import PairRecords, RecordLayout, draw_pairs
 from nrrdd_format.replay import (
     PairTensors,
     apply_views,
@@ -47,8 +47,10 @@ def drawn_records(size: int, *, images: int = 12, kind: str = "both", seed: int 
     layout = RecordLayout(
         images=images,
         pairs=images,
+        size=size,
         cycle=4,
         mix_group=2,
+        block_epochs=1,
         flip=True,
         coding="explicit",
         seed=seed,
@@ -56,7 +58,7 @@ def drawn_records(size: int, *, images: int = 12, kind: str = "both", seed: int 
         mixes=MixTable.from_entries(mix_codebook(seed, size, kind, count=32), size),  # type: ignore[arg-type]
         levels=np.array([0.1, 1.0], np.float32),
     )
-    return expand_pairs(draw_pairs(layout, 0, 0), layout)
+    return draw_pairs(layout, 0, 0)
 
 
 def encoded(size: tuple[int, int], kind: str, mode: str = "RGB") -> bytes:

@@ -24,7 +24,7 @@ from nrrdd_format.dataset import DistilledDataset, open_dataset
 from nrrdd_format.errors import ConfigError, DataError, FormatError, NrrddError, OutputError
 from nrrdd_format.frames import pack_frame, payload_length, unpack_frame
 from nrrdd_format.limits import MAX_HEADER_BYTES
-from nrrdd_format.records import RecordLayout
+from nrrdd_format.pairs import RecordLayout
 from nrrdd_format.shard_header import HEADER_NAME, RECORDS_NAME, parse_image_name
 from nrrdd_format.shards import EncodedImage, ShardReader, file_sha256, shard_name, shard_number, write_shard
 from nrrdd_format.verify import verify_dataset
@@ -309,15 +309,17 @@ def test_the_first_member_must_be_the_header(shard: Path) -> None:
 
 # ---- the records member's rules
 
+BLOCK = 26  # bytes of a block of one epoch: 7 of packed fields and 7 of levels, in a zstd frame
+
 HEAD_FAULTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda c: c.update(epochs=1), "epochs is 1, expected 2"),
     (lambda c: c.update(pairs=6), "pairs is 6, expected 7"),
-    (lambda c: c.update(blocks=[33]), "blocks: 1 entries"),
-    (lambda c: c.update(blocks=[0, 66]), "block size is 0"),
+    (lambda c: c.update(blocks=[BLOCK]), "blocks: 1 entries"),
+    (lambda c: c.update(blocks=[0, 2 * BLOCK]), "block size is 0"),
     (lambda c: c.update(blocks=[2**40, 1]), "block size is"),
-    (lambda c: c.update(blocks=[33, 34]), "head and blocks take"),
-    (lambda c: c.update(blocks=[32, 34]), "crc32"),
-    (lambda c: c.update(crcs=[0, 0]), "block of epoch 0: crc32"),
+    (lambda c: c.update(blocks=[BLOCK, BLOCK + 1]), "head and blocks take"),
+    (lambda c: c.update(blocks=[BLOCK - 1, BLOCK + 1]), "crc32"),
+    (lambda c: c.update(crcs=[0, 0]), "block 0, epoch 0: crc32"),
     (lambda c: c.update(crcs=[2**32, 0]), "block crc32 is"),
     (lambda c: c.pop("crcs"), "crcs: None"),
 ]
@@ -337,7 +339,7 @@ def test_a_zstd_bomb_in_a_block_is_refused(shard: Path) -> None:
     rewrite(shard, blocks=lambda blocks: [blocks[0], bomb])
     with ShardReader(shard, None, LAYOUT) as reader:
         reader.records(0)
-        with pytest.raises(FormatError, match="block of epoch 1: record block states 5000000 bytes"):
+        with pytest.raises(FormatError, match="block 1, epoch 1: record block states 5000000 bytes"):
             reader.records(1)
 
 
@@ -411,6 +413,7 @@ def write(path: Path, **changes: Any) -> None:
         "images": tiny_images(0, 7),
         "extension": "png",
         "blocks": [b"x", b"y"],
+        "epochs": 2,
         "layout": LAYOUT,
     }
     write_shard(path, **{**arguments, **changes})
@@ -422,7 +425,8 @@ def write(path: Path, **changes: Any) -> None:
         ({"shard": 65536}, "shard number 65536"),
         ({"extension": "gif"}, "image extension 'gif'"),
         ({"images": tiny_images(0, 6)}, "6 images, expected 7"),
-        ({"blocks": []}, "0 epochs"),
+        ({"epochs": 0}, "0 epochs"),
+        ({"epochs": 3}, "2 record blocks, expected 3"),
         ({"images": [*tiny_images(0, 6), EncodedImage(index=0, label=1, data=b"x")]}, "appears twice"),
         ({"images": [*tiny_images(0, 6), EncodedImage(index=6, label=1, data=b"")]}, "image 6: 0 bytes"),
         ({"images": [*tiny_images(0, 6), EncodedImage(index=6, label=1, data=bytes(2**24 + 1))]}, "image 6"),

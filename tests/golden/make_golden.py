@@ -22,11 +22,16 @@ from tiny_dataset import tiny_manifest, write_tiny
 
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.manifest import VERSION
-from nrrdd_format.records import Coding
+from nrrdd_format.pairs import Coding
 from nrrdd_format.shards import ShardReader
 
 HERE = Path(__file__).resolve().parent
-CODINGS: tuple[Coding, ...] = ("explicit", "derived")
+CODINGS: tuple[Coding, ...] = ("explicit", "derived", "verbatim")
+
+
+def write_golden(folder: Path, coding: Coding) -> Path:
+    """Writes the golden dataset of one coding: three epochs in blocks of two."""
+    return write_tiny(folder, tiny_manifest(coding=coding, epochs=3, block_epochs=2), shards=1)
 
 
 def dataset_content(folder: Path) -> dict[str, Any]:
@@ -68,7 +73,7 @@ def main() -> None:
     """Write every golden dataset of the current version."""
     for coding in CODINGS:
         folder = HERE / f"v{VERSION[0]}.{VERSION[1]}-{coding}"
-        write_tiny(folder, tiny_manifest(coding=coding), shards=1)
+        write_golden(folder, coding)
         text = json.dumps(dataset_content(folder), separators=(",", ":"))
         (folder / "expected.json").write_text(text.replace('},"', '},\n"').replace('],"', '],\n"') + "\n")
 

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from benchmarks.command import add_device, add_source, pick_device, run
 from benchmarks.grid import Cell, Grid, ImageKind, Result, run_grid
 from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
+from benchmarks.spread import difference, spread
 from benchmarks.student import Labels
 from benchmarks.teacher import TeacherConfig
 from builders.sources import Source, load_source
@@ -185,17 +186,6 @@ def bytes_table(grid: Grid, table: Table) -> str:
 def top1(grid: Grid, table: Table, ipc: int, images: ImageKind, labels: Labels) -> list[float]:
     """Top-1 in percent, one value a seed."""
     return [100 * table[Cell(ipc=ipc, images=images, labels=labels, seed=seed)].top1 for seed in grid.seeds]
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation; the mean alone of a single value."""
-    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
-
-
-def difference(before: Sequence[float], after: Sequence[float]) -> str:
-    """Mean and standard deviation of the paired differences, signed."""
-    paired = [late - early for early, late in zip(before, after, strict=True)]
-    return ("+" if mean(paired) >= 0 else "") + spread(paired)
 
 
 def recovery(tops: dict[Labels, list[float]]) -> str:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -92,8 +92,27 @@ class StudentResult:
     settings: dict[str, Any]
 
 
-def train_student(dataset: Path, source: Source, config: StudentConfig) -> StudentResult:
+class Batches(Protocol):
+    """What a student trains on: a `DBRLoader`, or something that changes its batches."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that the next iteration goes through."""
+
+    def __iter__(self) -> Iterator[DBRBatch]:
+        """The batches of that epoch."""
+        ...
+
+
+def train_student(
+    dataset: Path,
+    source: Source,
+    config: StudentConfig,
+    *,
+    wrap: Callable[[DBRLoader], Batches] = lambda loader: loader,
+) -> StudentResult:
     """Trains a student on the distilled dataset at `dataset` and tests it on `source.test`.
+
+    `wrap` may put something between the loader and the student, to study what other labels would do.
 
     Raises:
         DataError: the source has other classes than the dataset, or no test images.
@@ -112,7 +131,7 @@ def train_student(dataset: Path, source: Source, config: StudentConfig) -> Stude
     with _seeded(config.seed):
         model = create_model(architecture, len(source.class_names), manifest.images.size).to(config.device)
         started = time.perf_counter()
-        means = _train(model, loader, terms, config)
+        means = _train(model, wrap(loader), terms, config)
         seconds = time.perf_counter() - started
         top1 = measure_top1(model, source.test, manifest.images.mean, manifest.images.std, device=config.device)
     return StudentResult(
@@ -240,7 +259,7 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _train(model: nn.Module, loader: DBRLoader, terms: BatchTerms, config: StudentConfig) -> dict[str, float]:
+def _train(model: nn.Module, loader: Batches, terms: BatchTerms, config: StudentConfig) -> dict[str, float]:
     """Trains for all epochs; returns the means of the last one."""
     optimizer = make_optimizer(model, config)
     model.train()
@@ -270,7 +289,7 @@ def make_optimizer(model: nn.Module, config: StudentConfig) -> torch.optim.AdamW
 
 
 def _train_epoch(
-    model: nn.Module, loader: DBRLoader, terms: BatchTerms, optimizer: torch.optim.Optimizer
+    model: nn.Module, loader: Batches, terms: BatchTerms, optimizer: torch.optim.Optimizer
 ) -> dict[str, float]:
     """One pass over the pairs; returns the mean of every term."""
     totals: dict[str, Tensor] = {}

@@ -136,6 +136,8 @@ def _add_records(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--cycle", type=int, metavar="N", help="images in a closed cycle of pairs (10)")
     group.add_argument("--mix-group", type=int, metavar="N", help="pairs that share one mix draw (10)")
     group.add_argument("--distance-levels", type=int, metavar="N", help="levels of a stored distance (16)")
+    group.add_argument("--views", type=int, metavar="N", help="crops in the codebook of views (512)")
+    group.add_argument("--mixes", type=int, metavar="N", help="entries in the codebook of mixes (1024)")
     group.add_argument("--image-codec", choices=get_args(options.Codec), help="png up to 64 px, else jpeg")
     group.add_argument("--image-quality", type=int, metavar="Q", help="of JPEG and WebP (90)")
     group.add_argument("--shard-images", type=int, metavar="N", help="images aimed at in a shard (1000)")

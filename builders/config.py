@@ -110,8 +110,8 @@ class RecordSettings:
     distance_levels: int
     block_epochs: int
     """Stored epochs compressed together."""
-    views: int = 512
-    mixes: int = 1024
+    views: int
+    mixes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +162,10 @@ class BuildConfig:
     cycle: int = 10
     mix_group: int = 10
     distance_levels: int = 16
+    views: int = 512
+    """Crops in the codebook that views are drawn from."""
+    mixes: int = 1024
+    """Mixes in the codebook that pairs' mixes are drawn from."""
     image_codec: Codec | None = None
     image_quality: int | None = None
     shard_images: int = 1000
@@ -180,6 +184,8 @@ class BuildConfig:
         _at_least("--shard-images", self.shard_images, 2)
         _at_least("--seed", self.seed, 0)
         _between("--distance-levels", self.distance_levels, 2, 256)
+        _between("--views", self.views, 1, 65536)
+        _between("--mixes", self.mixes, 1, 4096)
         _between("--epsilon", self.epsilon, 0, 1)
         _positive("--learning-rate", self.learning_rate)
         _positive("--temperature", self.temperature)
@@ -250,6 +256,8 @@ def plan_settings(config: BuildConfig, source: Source) -> BuildSettings:
             mix_group=config.mix_group,
             distance_levels=config.distance_levels,
             block_epochs=max(1, min(config.epochs, BLOCK_PAIRS // config.shard_images)),
+            views=config.views,
+            mixes=config.mixes,
         ),
     )
 

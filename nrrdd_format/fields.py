@@ -100,11 +100,11 @@ def _unrank_order(codes: Fields) -> Fields:
 def _find(wanted: Fields, known: Fields, name: str) -> Fields:
     """Where each key stands in the codebook, the first place if it stands there twice."""
     sorter = np.argsort(known, kind="stable")
-    place = sorter[np.searchsorted(known, wanted, sorter=sorter).clip(max=len(known) - 1)]
+    place: Fields = sorter[np.searchsorted(known, wanted, sorter=sorter).clip(max=len(known) - 1)]
     missing = np.flatnonzero(known[place] != wanted)
     if len(missing):
         raise ConfigError(f"pair records: {name} {missing[0]} is not in the codebook; store them with verbatim coding")
-    return place.astype(np.int64)
+    return place
 
 
 def _box_keys(boxes: NDArray[np.int16]) -> Fields:
@@ -116,7 +116,8 @@ def _box_keys(boxes: NDArray[np.int16]) -> Fields:
 def _mix_keys(mixes: MixTable) -> Fields:
     """A CutMix is known by its box, a Mixup by the bits of its λ, as a negative number."""
     mixup = mixes.lam.view(np.uint32).astype(np.int64) - 2**62
-    return np.where(mixes.is_cutmix, _box_keys(mixes.box), mixup).astype(np.int64)
+    keys: Fields = np.where(mixes.is_cutmix, _box_keys(mixes.box), mixup)
+    return keys
 
 
 def _table(records: PairRecords, pairs: slice) -> MixTable:

@@ -15,6 +15,7 @@ from benchmarks import accuracy, cli, demo
 from benchmarks.command import run
 from benchmarks.grid import Cell, Grid, build_config, cell_path, dataset_path
 from benchmarks.results_io import command_line, markdown_table, provenance, provenance_text, write_json
+from benchmarks.spread import difference, interval, spread
 from benchmarks.teacher import TeacherConfig
 from builders import cli as build_cli
 from nrrdd_format.errors import ConfigError, OutputError
@@ -256,10 +257,12 @@ def test_the_accuracy_benchmark_goes_on_where_it_was(tmp_path: Path, capsys: pyt
 
 
 def test_statistics_of_seeds() -> None:
-    assert accuracy.spread([50.0]) == "50.00"
-    assert accuracy.spread([1.0, 3.0]) == "2.00 ± 1.41"
-    assert accuracy.difference([1.0, 3.0], [2.0, 6.0]) == "+2.00 ± 1.41"
-    assert accuracy.difference([2.0], [1.0]) == "-1.00"
+    assert spread([50.0]) == "50.00"
+    assert spread([1.0, 3.0]) == "2.00 ± 1.41"
+    assert difference([1.0, 3.0], [2.0, 6.0]) == "+2.00 ± 1.41"
+    assert difference([2.0], [1.0]) == "-1.00"
+    assert interval([1.0, 3.0], [2.0, 6.0]) == "+2.00 ± 12.71"
+    assert interval([2.0], [1.0]) == "-1.00"
     assert accuracy.recovery({"one-hot": [20.0], "dbr": [50.0], "soft": [80.0]}) == "50"
     assert accuracy.recovery({"one-hot": [20.0], "dbr": [50.0], "soft": [20.0]}) == "-"
 

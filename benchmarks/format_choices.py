@@ -1,0 +1,355 @@
+"""What the format's choices cost in accuracy: levels of a distance, the grids of views and mixes, the images' codec.
+
+`python -m benchmarks.format_choices --study distances --dataset cifar10 --teacher-checkpoint FILE --out DIR` trains a
+DBR student for every variant and seed, all else equal, and compares each with the study's first variant, seed by seed.
+Images are whole random training images, so that nothing but the choice in question differs. A cell whose result is in
+DIR is not trained again: several processes may share the seeds between them, and a last call reports on them all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from benchmarks.command import add_device, add_source, pick_device, run
+from benchmarks.footprint import measure
+from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
+from benchmarks.spread import interval, spread
+from benchmarks.student import StudentConfig, load_dataset_teacher, train_student
+from builders.config import BuildConfig
+from builders.pipeline import build
+from builders.progress import Progress
+from builders.relabel import relabel_epoch
+from builders.sources import Source, load_source
+from loaders import DBRBatch, DBRLoader
+from loaders.order import all_cycles, epoch_order, stored_epoch
+from nrrdd_format.codebooks import distance_levels, quantize
+from nrrdd_format.dataset import open_dataset
+from nrrdd_format.files import atomic_write
+from nrrdd_format.manifest import Manifest
+from nrrdd_format.replay import decode_image, stack_images
+from nrrdd_format.shards import file_sha256
+
+MODULE = "benchmarks.format_choices"
+RESULTS = Path("benchmarks") / "results"
+
+Distances = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to choose: what it changes of a build, or how it rounds the teacher's exact distances."""
+
+    name: str
+    build: dict[str, Any]
+    rounding: Callable[[Distances], Distances] | None = None
+
+
+def _rounded(bits: int) -> Callable[[Distances], Distances]:
+    levels = distance_levels(2**bits)
+    return lambda distances: levels[quantize(distances, levels)]
+
+
+def _half(distances: Distances) -> Distances:
+    return distances.astype(np.float16).astype(np.float32)
+
+
+STUDIES: dict[str, list[Variant]] = {
+    "distances": [
+        Variant(name="fp32", build={}, rounding=lambda distances: distances),
+        Variant(name="fp16", build={}, rounding=_half),
+        *(Variant(name=f"{bits} bits", build={}, rounding=_rounded(bits)) for bits in (8, 7, 6, 5, 4, 3, 2)),
+    ],
+    "views": [Variant(name=f"{count} views", build={"views": count}) for count in (4096, 512, 256, 128, 32)],
+    "mixes": [
+        Variant(name="1024 mixes, one a pair", build={"mix_group": 1}),
+        Variant(name="1024 mixes, one for 10 pairs", build={}),
+        Variant(name="1024 mixes, one for 50 pairs", build={"mix_group": 50}),
+        Variant(name="64 mixes, one for 10 pairs", build={"mixes": 64}),
+    ],
+    "codecs": [
+        Variant(name="png", build={"image_codec": "png"}),
+        *(
+            Variant(name=f"{codec} {quality}", build={"image_codec": codec, "image_quality": quality})
+            for codec in ("jpeg", "webp")
+            for quality in (95, 90, 75, 50)
+        ),
+    ],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What all cells of a run have in common."""
+
+    study: str
+    dataset: str
+    data_dir: Path | None
+    test_dir: Path | None
+    teacher_checkpoint: Path
+    out: Path
+    ipc: int
+    epochs: int
+    student: str
+    seeds: tuple[int, ...]
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A cell: one student. Bytes are those of the dataset it learned from; rounded distances are never written."""
+
+    study: str
+    variant: str
+    seed: int
+    top1: float
+    bytes_images: int
+    bytes_labels: int
+    images: int
+    pairs: int
+    seconds: float
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    options = make_parser().parse_args(arguments)
+    return run(lambda: measure_choices(options))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {MODULE}",
+        description="Measure what the format's choices cost a student's top-1.",
+        epilog=f"example:\n  python -m {MODULE} --study distances --dataset cifar10 --data-dir data/cifar10 \\\n"
+        "      --teacher-checkpoint cifar10-teacher.pt --seeds 0 1 2 3 4 --out choices",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--study", choices=tuple(STUDIES), required=True, help="what is chosen")
+    add_source(parser, default="cifar10")
+    parser.add_argument("--teacher-checkpoint", type=Path, required=True, metavar="FILE", help="a trained teacher")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="keeps datasets and results")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"for the report ({RESULTS})")
+    parser.add_argument("--ipc", type=int, default=10, metavar="N", help="images per class (10)")
+    parser.add_argument("--epochs", type=int, default=300, metavar="N", help="stored and trained (300)")
+    parser.add_argument("--student", metavar="ARCH", help="the students' network (the dataset's default)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(0 1 2)")
+    add_device(parser)
+    return parser
+
+
+def measure_choices(options: argparse.Namespace) -> int:
+    """Runs the study's cells, prints the table and writes the report; returns the exit status."""
+    source = load_source(options.source, data_dir=options.data_dir, test_dir=options.test_dir)
+    setup = Setup(
+        study=options.study,
+        dataset=options.source,
+        data_dir=options.data_dir,
+        test_dir=options.test_dir,
+        teacher_checkpoint=options.teacher_checkpoint,
+        out=options.out,
+        ipc=options.ipc,
+        epochs=options.epochs,
+        student=options.student or source.default_model,
+        seeds=tuple(options.seeds),
+        device=pick_device(options.device),
+    )
+    results = list(run_cells(setup, source))
+    text = report(setup, results)
+    print(f"\n{text}")
+    facts = provenance(MODULE, seeds=setup.seeds)
+    stem = options.results / f"{facts['date']}-choice-of-{setup.study}-{setup.dataset}"
+    make_folder(stem.parent)
+    write_json(stem.with_suffix(".json"), facts | {"cells": [asdict(result) for result in results]})
+    heading = f"# The choice of {setup.study}, on {setup.dataset}\n\n{provenance_text(facts)}"
+    write_text(stem.with_suffix(".md"), f"{heading}\n{text}\n\n![top-1]({stem.name}.png)\n")
+    plot(stem.with_suffix(".png"), setup, results)
+    return 0
+
+
+def run_cells(setup: Setup, source: Source) -> Iterator[Result]:
+    """All cells, seed by seed, each read where it is there already."""
+    variants = STUDIES[setup.study]
+    for seed in setup.seeds:
+        for variant in variants:
+            result = run_cell(setup, source, variant, seed)
+            print(f"seed {seed}, {variant.name}: top-1 {result.top1:.2%}", flush=True)
+            yield result
+
+
+def run_cell(setup: Setup, source: Source, variant: Variant, seed: int) -> Result:
+    """The result of one cell: read where it is there, else built, trained, tested and written."""
+    teacher = file_sha256(setup.teacher_checkpoint)[:10]
+    name = f"{setup.dataset}-ipc{setup.ipc}-e{setup.epochs}-{teacher}-seed{seed}"
+    cell = setup.out / "cells" / f"{name}-{setup.student}-{setup.study}-{variant.name.replace(' ', '-')}.json"
+    if cell.is_file():
+        return Result(**json.loads(cell.read_text()))
+    settings = "-".join(f"{key}-{value}" for key, value in variant.build.items())
+    dataset = setup.out / "datasets" / f"{name}-{settings or 'default'}"
+    if not dataset.is_dir():
+        build(_build_config(setup, variant, seed, dataset))
+    config = StudentConfig(
+        labels="dbr", architecture=setup.student, epochs=setup.epochs, seed=seed, device=setup.device
+    )
+    if variant.rounding is None:
+        student = train_student(dataset, source, config)
+    else:
+        rounded = variant.rounding(exact_distances(dataset, setup))
+        manifest = open_dataset(dataset).manifest
+        student = train_student(
+            dataset, source, config, wrap=lambda loader: ReplacedDistances(loader, rounded, seed, manifest)
+        )
+    with open_dataset(dataset) as opened:
+        footprint = measure(opened)
+    result = Result(
+        study=setup.study,
+        variant=variant.name,
+        seed=seed,
+        top1=student.top1,
+        bytes_images=footprint.image_data,
+        bytes_labels=footprint.labels,
+        images=footprint.images,
+        pairs=footprint.pairs,
+        seconds=student.seconds,
+    )
+    write_json(cell, asdict(result))
+    return result
+
+
+def _build_config(setup: Setup, variant: Variant, seed: int, out: Path) -> BuildConfig:
+    base = BuildConfig(
+        dataset=setup.dataset,
+        data_dir=setup.data_dir,
+        test_dir=setup.test_dir,
+        out=out,
+        work_dir=setup.out / "work" / f"seed{seed}",
+        ipc=setup.ipc,
+        teacher_checkpoint=setup.teacher_checkpoint,
+        init="real",
+        iterations=0,
+        epochs=setup.epochs,
+        seed=seed,
+        device=setup.device,
+    )
+    return replace(base, **variant.build)
+
+
+def exact_distances(dataset: Path, setup: Setup) -> Distances:
+    """The teacher's distances of all pairs of a dataset of one shard, unrounded: (E, 2, P). A file keeps them."""
+    kept = dataset.with_name(f"{dataset.name}.distances.npy")
+    if kept.is_file():
+        found: Distances = np.load(kept, allow_pickle=False)
+        return found
+    with open_dataset(dataset) as opened:
+        manifest, (shard,) = opened.manifest, opened.shards
+        size, layout = manifest.images.size, manifest.layout(0)
+        images = stack_images([decode_image(shard.image_bytes(i), size) for i in range(shard.images)])
+        labels = shard.labels
+    teacher = load_dataset_teacher(manifest, setup.teacher_checkpoint, setup.device)
+    with Progress(manifest.records.epochs, "exact distances", "epoch") as progress:
+        epochs = []
+        for epoch in range(manifest.records.epochs):
+            epochs.append(
+                relabel_epoch(
+                    images.to(setup.device),
+                    labels,
+                    layout,
+                    shard=0,
+                    epoch=epoch,
+                    model=teacher.model,
+                    temperature=manifest.records.temperature,
+                    mean=manifest.images.mean,
+                    std=manifest.images.std,
+                )
+            )
+            progress.advance()
+    distances = np.stack(epochs)
+    with atomic_write(kept) as file:
+        np.save(file, distances)
+    return distances
+
+
+class ReplacedDistances:
+    """A loader's batches with other distances than those stored: (E, 2, P), of a dataset of one shard."""
+
+    def __init__(self, loader: DBRLoader, distances: Distances, seed: int, manifest: Manifest) -> None:
+        self._loader, self._distances, self._seed = loader, distances, seed
+        self._cycles = all_cycles([entry.pairs_per_epoch for entry in manifest.shards], manifest.records.cycle)
+
+    def set_epoch(self, epoch: int) -> None:
+        """As of the loader."""
+        self._loader.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[DBRBatch]:
+        """The epoch's batches."""
+        epoch = self._loader.epoch
+        order = epoch_order(self._seed, epoch, self._cycles)
+        stored = self._distances[stored_epoch(self._seed, epoch, len(self._distances))]
+        start = 0
+        for batch in self._loader:
+            pairs = order[start : start + len(batch)]
+            start += len(batch)
+            org, aug = (torch.from_numpy(column[pairs]).to(batch.images.device) for column in stored)
+            yield replace(batch, distance_org=org, distance_aug=aug)
+
+
+def report(setup: Setup, results: Sequence[Result]) -> str:
+    """What was measured, as Markdown: every variant against the first."""
+    rows = [_row(variant, STUDIES[setup.study][0], results) for variant in STUDIES[setup.study]]
+    header = ["variant", "top-1 %", "against the first", "bytes an image", "label bytes a pair"]
+    intro = (
+        f"{setup.ipc} whole random real images per class of {setup.dataset}, student {setup.student} on DBR labels, "
+        f"{setup.epochs} epochs, {len(setup.seeds)} seeds. Mean ± standard deviation; differences are paired by seed, "
+        "in points, with the 95 % interval of their mean."
+    )
+    return f"{intro}\n\n{markdown_table(header, rows)}"
+
+
+def _row(variant: Variant, first: Variant, results: Sequence[Result]) -> list[str]:
+    cells, tops = _of(results, variant), _tops(results, variant)
+    return [
+        variant.name,
+        spread(tops),
+        "" if variant is first else interval(_tops(results, first), tops),
+        f"{median(cell.bytes_images / cell.images for cell in cells):,.0f}",
+        "" if variant.rounding else f"{median(cell.bytes_labels / cell.pairs for cell in cells):.2f}",
+    ]
+
+
+def plot(path: Path, setup: Setup, results: Sequence[Result]) -> None:
+    """Writes a PNG: top-1 of every variant, one point a seed, and the means."""
+    variants = STUDIES[setup.study]
+    figure = Figure(figsize=(7, 0.4 * len(variants) + 1.2), layout="constrained")
+    axis = figure.subplots()
+    for row, variant in enumerate(variants):
+        tops = _tops(results, variant)
+        axis.plot(tops, [row] * len(tops), "o", color="tab:blue", alpha=0.4)
+        axis.plot(mean(tops), row, "|", color="black", markersize=14)
+    axis.set_yticks(range(len(variants)), [variant.name for variant in variants])
+    axis.invert_yaxis()
+    axis.set_xlabel(f"top-1 of a DBR student on {setup.dataset}, % (points: seeds; bars: means)")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
+def _of(results: Sequence[Result], variant: Variant) -> list[Result]:
+    return [result for result in results if result.variant == variant.name]
+
+
+def _tops(results: Sequence[Result], variant: Variant) -> list[float]:
+    """Top-1 in percent, one value a seed."""
+    return [100 * result.top1 for result in _of(results, variant)]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

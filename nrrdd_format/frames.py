@@ -1,25 +1,32 @@
-"""A msgpack map behind its length and checksum: u32 length, u32 crc32, payload (SPEC.md section 4)."""
+"""A compressed msgpack map behind its length and checksum: u32 length, u32 crc32, payload (SPEC.md section 4)."""
 
 from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
+import zstandard
 
+from nrrdd_format.compression import decompress, stated_size
 from nrrdd_format.errors import FormatError
 from nrrdd_format.limits import MAX_EPOCHS, MAX_HEADER_BYTES, MAX_IMAGES
 
 PREFIX = struct.Struct("<II")
 _MAX_LIST = max(MAX_EPOCHS, MAX_IMAGES + 1)
+_MAX_LISTS = MAX_IMAGES + 8
+_MAX_MAPS = 8
+_ZSTD_LEVEL = 19
 
 
 def pack_frame(content: dict[str, Any]) -> bytes:
     """Frame a map of plain values."""
-    payload: bytes = msgpack.packb(content, use_bin_type=True)
-    if len(payload) > MAX_HEADER_BYTES:
-        raise ValueError(f"header of {len(payload)} bytes is over the limit of {MAX_HEADER_BYTES}")
+    packed: bytes = msgpack.packb(content, use_bin_type=True)
+    if len(packed) > MAX_HEADER_BYTES:
+        raise ValueError(f"header of {len(packed)} bytes is over the limit of {MAX_HEADER_BYTES}")
+    payload = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(packed)
     return PREFIX.pack(len(payload), zlib.crc32(payload)) + payload
 
 
@@ -41,16 +48,40 @@ def unpack_frame(data: bytes) -> dict[str, Any]:
         raise FormatError(f"header states {length} bytes, found {len(payload)}")
     if zlib.crc32(payload) != crc:
         raise FormatError(f"header has crc32 {zlib.crc32(payload):08x}, expected {crc:08x}")
-    return _unpack_map(payload)
+    size = stated_size(payload, "header")
+    if size > MAX_HEADER_BYTES:
+        raise FormatError(f"header states {size} bytes of content, expected at most {MAX_HEADER_BYTES}")
+    return _unpack_map(decompress(payload, size, "header"))
 
 
-def _unpack_map(payload: bytes) -> dict[str, Any]:
+def _unpack_map(packed: bytes) -> dict[str, Any]:
     try:
         content = msgpack.unpackb(
-            payload, max_str_len=4096, max_bin_len=0, max_array_len=_MAX_LIST, max_map_len=64, max_ext_len=0
+            packed,
+            max_str_len=4096,
+            max_bin_len=0,
+            max_array_len=_MAX_LIST,
+            max_map_len=64,
+            max_ext_len=0,
+            list_hook=_at_most(_MAX_LISTS, "lists"),
+            object_hook=_at_most(_MAX_MAPS, "maps"),
         )
     except (ValueError, msgpack.UnpackException) as error:  # malformed, or longer than allowed
         raise FormatError(f"header is not the expected msgpack: {error}") from None
     if not isinstance(content, dict):
         raise FormatError(f"header holds a {type(content).__name__}, expected a map")
     return content
+
+
+def _at_most(limit: int, what: str) -> Callable[[Any], Any]:
+    """Counts containers while they are decoded: millions of empty ones fit into a few bytes."""
+    count = 0
+
+    def check(value: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > limit:
+            raise ValueError(f"more than {limit} {what}")
+        return value
+
+    return check

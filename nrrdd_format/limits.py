@@ -12,7 +12,7 @@ MAX_MIXES = 4096
 MAX_LEVELS = 256
 
 MAX_SHARD_BYTES = 2**42
-MAX_HEADER_BYTES = 16 * 2**20  # the msgpack part of a shard header or of a record member's head
+MAX_HEADER_BYTES = 8 * 2**20  # the msgpack of a shard header or of a record member's head
 MAX_IMAGES = 2**18  # a shard; also its pairs
 MAX_DRAWN_IMAGES = 2**14  # a shard with explicit or derived records, whose order codes take n² steps to read
 MAX_IMAGE_BYTES = 16 * 2**20  # one image member

@@ -15,6 +15,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from nrrdd_format.codebooks import quantize
+from nrrdd_format.compression import decompress
 from nrrdd_format.errors import ConfigError, FormatError
 from nrrdd_format.fields import pack_fields, packed_bytes, unpack_fields
 from nrrdd_format.limits import MAX_BLOCK_CONTENT
@@ -64,7 +65,7 @@ def decode_epoch(block: bytes, layout: RecordLayout, *, shard: int, epoch: int, 
     """
     first = epoch - epoch % layout.block_epochs
     count = min(layout.block_epochs, epochs - first)
-    content = np.frombuffer(_decompress(block, content_bytes(layout, count)), np.uint8)
+    content = np.frombuffer(decompress(block, content_bytes(layout, count), "record block"), np.uint8)
     packed, levels = np.split(content, [count * packed_bytes(layout)])
     here = epoch - first
     if layout.coding == "derived":
@@ -136,18 +137,3 @@ def _compress(packed: bytes, levels: bytes) -> bytes:
     coder = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compressobj(size=len(packed) + len(levels))
     dense = coder.compress(packed) + coder.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) if packed else b""
     return dense + coder.compress(levels) + coder.flush()
-
-
-def _decompress(data: bytes, expected: int) -> bytes:
-    """The content of a zstd frame that states `expected` as its size; nothing larger is allocated."""
-    try:
-        stated = zstandard.get_frame_parameters(data).content_size
-        if stated != expected:
-            found = "no length" if stated == zstandard.CONTENTSIZE_UNKNOWN else f"{stated} bytes"
-            raise FormatError(f"record block states {found} of content, expected {expected} bytes")
-        content = zstandard.ZstdDecompressor().decompress(data, max_output_size=expected, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise FormatError(f"record block is not a valid zstd frame: {error}") from None
-    if len(content) != expected:
-        raise FormatError(f"record block holds {len(content)} bytes of content, expected {expected}")
-    return content

@@ -278,9 +278,35 @@ def test_a_higher_minor_version_and_unknown_keys_are_read(shard: Path) -> None:
     ],
 )
 def test_hostile_msgpack_is_refused(payload: bytes, message: str) -> None:
-    frame = len(payload).to_bytes(4, "little") + zlib.crc32(payload).to_bytes(4, "little") + payload
     with pytest.raises(FormatError, match=message):
-        unpack_frame(frame)
+        unpack_frame(framed(zstandard.ZstdCompressor().compress(payload)))
+
+
+def framed(payload: bytes) -> bytes:
+    return len(payload).to_bytes(4, "little") + zlib.crc32(payload).to_bytes(4, "little") + payload
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        (b"\x81\xa1a\x01", "header is not a valid zstd frame"),
+        (zstandard.ZstdCompressor(write_content_size=False).compress(b"\x80"), "header states no length"),
+        (zstandard.ZstdCompressor().compress(bytes(2**23 + 1)), "header states 8388609 bytes of content, expected at"),
+        (zstandard.ZstdCompressor().compress(b"\x80") + b"\0", "header is not a valid zstd frame"),
+    ],
+)
+def test_hostile_compression_is_refused(payload: bytes, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        unpack_frame(framed(payload))
+
+
+@pytest.mark.parametrize(("empty", "message"), [(b"\x90", "more than 262152 lists"), (b"\x80", "more than 8 maps")])
+def test_millions_of_empty_containers_are_refused(empty: bytes, message: str) -> None:
+    """Each takes a byte here and sixty in memory."""
+    many = b"\xdd\x00\x04\x00\x01" + empty * 262145
+    payload = b"\x82\xa1a" + many + b"\xa1b" + many
+    with pytest.raises(FormatError, match=message):
+        unpack_frame(framed(zstandard.ZstdCompressor().compress(payload)))
 
 
 def test_frames_with_wrong_lengths_or_checksums_are_refused() -> None:

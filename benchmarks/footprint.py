@@ -6,9 +6,10 @@ blocks, the shards' headers and ends, and the manifest with its codebooks.
 
 from __future__ import annotations
 
+import json
 import tarfile
 import tempfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,17 +34,28 @@ class Footprint:
         images: number of images.
         pairs: number of pairs, of all epochs.
         image_data: the encoded images themselves, without their tar headers.
+        image_members: the same with their tar headers and padding.
         records: the record members with their tar headers and padding.
         shard_overhead: the shards' own headers and ends.
         manifest: the manifest with its codebooks.
+        shards: number of shards.
+        manifest_entry: what one shard adds to the manifest, included there.
     """
 
     images: int
     pairs: int
     image_data: int
+    image_members: int
     records: int
     shard_overhead: int
     manifest: int
+    shards: int
+    manifest_entry: int
+
+    @property
+    def image_share(self) -> float:
+        """Share of all bytes that are images, with their tar headers and padding; the rest are labels."""
+        return self.image_members / (self.image_members + self.labels)
 
     @property
     def labels(self) -> int:
@@ -51,8 +63,10 @@ class Footprint:
         return self.records + self.shard_overhead + self.manifest
 
     def labels_at(self, images: int, epochs: int) -> float:
-        """Label bytes of a larger dataset: records grow with the pairs, headers with the images, the manifest stays."""
-        return self.records / self.pairs * images * epochs + self.shard_overhead / self.images * images + self.manifest
+        """Label bytes of a larger dataset: records grow with the pairs, the rest with the images or not at all."""
+        shards = self.shards / self.images * images
+        manifest = self.manifest + (shards - self.shards) * self.manifest_entry
+        return self.records / self.pairs * images * epochs + self.shard_overhead / self.images * images + manifest
 
 
 def measure(dataset: DistilledDataset) -> Footprint:
@@ -63,15 +77,19 @@ def measure(dataset: DistilledDataset) -> Footprint:
         images=manifest.images.count,
         pairs=manifest.records.epochs * sum(entry.pairs_per_epoch for entry in manifest.shards),
         image_data=sum(shard.image_data for shard in shards),
+        image_members=sum(shard.image_members for shard in shards),
         records=sum(shard.records for shard in shards),
         shard_overhead=sum(shard.overhead for shard in shards),
         manifest=(dataset.path / MANIFEST_NAME).stat().st_size,
+        shards=len(manifest.shards),
+        manifest_entry=len(json.dumps(asdict(manifest.shards[0]), separators=(",", ":"))) + 1,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _ShardSizes:
     image_data: int
+    image_members: int
     records: int
     overhead: int
 
@@ -81,10 +99,12 @@ def _measure_shard(path: Path) -> _ShardSizes:
         members = archive.getmembers()
     images = [member for member in members if member.name not in (HEADER_NAME, RECORDS_NAME)]
     records = sum(_on_disk(member) for member in members if member.name == RECORDS_NAME)
+    image_members = sum(_on_disk(member) for member in images)
     return _ShardSizes(
         image_data=sum(member.size for member in images),
+        image_members=image_members,
         records=records,
-        overhead=path.stat().st_size - records - sum(_on_disk(member) for member in images),
+        overhead=path.stat().st_size - records - image_members,
     )
 
 

@@ -19,17 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from benchmarks.command import add_device, add_source, pick_device, run
+from benchmarks.exact_distances import Distances, exact_distances
 from benchmarks.footprint import measure
 from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
 from benchmarks.spread import interval, spread
-from benchmarks.student import StudentConfig, load_dataset_teacher, train_student
+from benchmarks.student import StudentConfig, train_student
 from builders.config import BuildConfig
 from builders.pipeline import build
-from builders.progress import Progress
-from builders.relabel import relabel_epoch
 from builders.sources import Source, load_source
 from loaders import DBRBatch, DBRLoader
 from loaders.order import all_cycles, epoch_order, stored_epoch
@@ -37,13 +35,10 @@ from nrrdd_format.codebooks import distance_levels, quantize
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.files import atomic_write
 from nrrdd_format.manifest import Manifest
-from nrrdd_format.replay import decode_image, stack_images
 from nrrdd_format.shards import file_sha256
 
 MODULE = "benchmarks.format_choices"
 RESULTS = Path("benchmarks") / "results"
-
-Distances = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +199,7 @@ def run_cell(setup: Setup, source: Source, variant: Variant, seed: int) -> Resul
     if variant.rounding is None:
         student = train_student(dataset, source, config)
     else:
-        rounded = variant.rounding(exact_distances(dataset, setup))
+        rounded = variant.rounding(_kept_distances(dataset, setup))
         manifest = open_dataset(dataset).manifest
         student = train_student(
             dataset, source, config, wrap=lambda loader: ReplacedDistances(loader, rounded, seed, manifest)
@@ -244,39 +239,15 @@ def _build_config(setup: Setup, variant: Variant, seed: int, out: Path) -> Build
     return replace(base, **variant.build)
 
 
-def exact_distances(dataset: Path, setup: Setup) -> Distances:
-    """The teacher's distances of all pairs of a dataset of one shard, unrounded: (E, 2, P). A file keeps them."""
+def _kept_distances(dataset: Path, setup: Setup) -> Distances:
+    """The teacher's distances of all pairs, unrounded: (E, 2, P); a file keeps them for the next cell."""
     kept = dataset.with_name(f"{dataset.name}.distances.npy")
-    if kept.is_file():
-        found: Distances = np.load(kept, allow_pickle=False)
-        return found
-    with open_dataset(dataset) as opened:
-        manifest, (shard,) = opened.manifest, opened.shards
-        size, layout = manifest.images.size, manifest.layout(0)
-        images = stack_images([decode_image(shard.image_bytes(i), size) for i in range(shard.images)])
-        labels = shard.labels
-    teacher = load_dataset_teacher(manifest, setup.teacher_checkpoint, setup.device)
-    with Progress(manifest.records.epochs, "exact distances", "epoch") as progress:
-        epochs = []
-        for epoch in range(manifest.records.epochs):
-            epochs.append(
-                relabel_epoch(
-                    images.to(setup.device),
-                    labels,
-                    layout,
-                    shard=0,
-                    epoch=epoch,
-                    model=teacher.model,
-                    temperature=manifest.records.temperature,
-                    mean=manifest.images.mean,
-                    std=manifest.images.std,
-                )
-            )
-            progress.advance()
-    distances = np.stack(epochs)
-    with atomic_write(kept) as file:
-        np.save(file, distances)
-    return distances
+    if not kept.is_file():
+        distances = exact_distances(dataset, setup.teacher_checkpoint, setup.device)
+        with atomic_write(kept) as file:
+            np.save(file, distances)
+    found: Distances = np.load(kept, allow_pickle=False)
+    return found
 
 
 class ReplacedDistances:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from benchmarks.footprint import measure, soft_label_bytes
 from benchmarks.results_io import write_json
@@ -185,6 +185,15 @@ def build_config(grid: Grid, cell: Cell) -> BuildConfig:
     if cell.images == "rded":
         return replace(base, confidence="highest", iterations=0)
     return replace(base, alpha_lr=0.0) if cell.images == "nrr" else base
+
+
+def image_kind(method: dict[str, Any]) -> ImageKind:
+    """The kind of images that a build with these settings (the manifest's `method`) makes: `build_config`'s inverse."""
+    if method["refinement"]["iterations"]:
+        return "nrr+lr" if method["refinement"]["alpha_lr"] else "nrr"
+    if method["discovery"]["init"] == "real":
+        return "random-real"
+    return "rded" if method["discovery"]["confidence"] == "highest" else "discovery"
 
 
 def dataset_path(grid: Grid, cell: Cell) -> Path:

@@ -2,21 +2,26 @@
 
 `python -m benchmarks.storage_footprint DATASET…` measures every dataset with explicit and with derived records, writes
 pairs of it the way FKD and SRe2L store soft labels, and carries both on to ImageNet-1k: 1000 classes, 10, 50 and 200
-images per class, 300 epochs.
+images per class, 300 epochs. `--preset imagenet1k-ipc200` writes and measures a full shard of 1000 classes itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks.bytes_and_accuracy import Point, accuracy_table, plot_points, read_points
 from benchmarks.command import run
+from benchmarks.exact_distances import joint_entropy, load_sample
 from benchmarks.fkd_store import Form
 from benchmarks.footprint import (
     Footprint,
@@ -26,29 +31,43 @@ from benchmarks.footprint import (
     measure_as,
     soft_label_bytes,
 )
+from benchmarks.model_shard import write_model_shard
 from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
 from builders.models import create_model
 from builders.teacher import save_checkpoint
+from nrrdd_format.codebooks import distance_levels
 from nrrdd_format.dataset import DistilledDataset, open_dataset
+from nrrdd_format.errors import ConfigError
 from nrrdd_format.files import atomic_write
 from nrrdd_format.pairs import Coding
 
 MODULE = "benchmarks.storage_footprint"
+PRESET = "imagenet1k-ipc200"
+DISTANCES = Path(__file__).parent / "distances"
+SAMPLE = "tiny-imagenet-100"
 IMAGENET_CLASSES, IMAGENET_SIZE = 1000, 224
 IPCS = (10, 50, 200)
+PER_PAIR_IPC = 200
+"""The number of images per class at which fixed costs are spread over the pairs."""
 EPOCHS = 300
 CODINGS: tuple[Coding, ...] = ("explicit", "derived")
 LPLD_PRUNING = 40
 GIGABYTE = 1e9
 
 NOTES = """\
-The upper table is ImageNet-1k, 300 epochs, in gigabytes of 10^9 bytes. Rows of a dataset are carried on from its
-measured files: records by the pair, shard headers by the image, the manifest once. Rows of soft labels come from files
-with 1000 classes in full batches of 100 pairs. Their logits are random numbers of the real shape, since the file's
-length does not depend on the values. Pruned: one batch in 40 is kept and reused (LPLD), reckoned from the fp16 row.
-The teacher is one file for any number of images, and costs a forward pass in every training step.
-The lower table is each dataset as it lies on disk, everything counted but its images, against soft labels for its own
-classes in batches of at most 100 pairs.
+The first table is ImageNet-1k, 300 epochs, in gigabytes of 10^9 bytes; bytes a pair are those at 200 images per class.
+Nothing but image members is left out of our rows: records are carried on by the pair, shard headers by the image, the
+manifest by the shard. Rows of soft labels come from files with 1000 classes in full batches of 100 pairs. Their logits
+are random numbers of the real shape, since the file's length does not depend on the values. Pruned: one batch in 40 is
+kept and reused (LPLD), reckoned from the fp16 row. The teacher is one file for any number of images, and costs a
+forward pass in every training step.
+The second table is each dataset as it lies on disk, everything counted but its images, against soft labels for its own
+classes in batches of at most 100 pairs; records are the records' tar members alone, with their headers and padding.
+"""
+PRESET_NOTE = """\
+{preset}: one full shard of 1000 generated images at 224 px and 300 epochs. Its distances are not those of an ImageNet
+teacher: both of a pair are drawn together from {pairs:,} pairs of {dataset}, {classes} classes, as its teacher
+({teacher}, top-1 {top1:.1%}) sees them.
 """
 
 
@@ -57,7 +76,7 @@ class Row:
     """One way to keep the labels of ImageNet-1k.
 
     Attributes:
-        bytes_per_pair: at 10 images per class, fixed costs included.
+        bytes_per_pair: at 200 images per class, fixed costs included.
         gigabytes: by images per class.
     """
 
@@ -66,11 +85,11 @@ class Row:
     gigabytes: dict[int, float]
 
     def as_json(self, fkd_fp16: Row) -> dict[str, Any]:
-        """JSON values; the ratio is how many times smaller than fp16 soft labels, at 10 images per class."""
+        """JSON values; the ratio is how many times smaller than fp16 soft labels, null where there are no bytes."""
         return {
             "name": self.name,
             "bytes_per_pair": self.bytes_per_pair,
-            "ratio_to_fkd_fp16": fkd_fp16.bytes_per_pair / self.bytes_per_pair,
+            "ratio_to_fkd_fp16": fkd_fp16.bytes_per_pair / self.bytes_per_pair if self.bytes_per_pair else None,
             "gigabytes": {str(ipc): size for ipc, size in self.gigabytes.items()},
         }
 
@@ -89,7 +108,7 @@ class Measured:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     options = make_parser().parse_args(arguments)
-    return run(lambda: report(options.datasets, json_path=options.json, out=options.out))
+    return run(lambda: report(options))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -97,29 +116,105 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m {MODULE}",
         description="Measure what labels take on disk, against soft labels of the same pairs.",
-        epilog=f"example:\n  python -m {MODULE} digits-ipc10 cifar10-ipc10 --out benchmarks/results",
+        epilog=f"examples:\n  python -m {MODULE} digits-ipc10 cifar10-ipc10 --out benchmarks/results\n"
+        f"  python -m {MODULE} --preset {PRESET}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("datasets", type=Path, nargs="+", metavar="DATASET", help="a built dataset's folder")
+    parser.add_argument("datasets", type=Path, nargs="*", metavar="DATASET", help="a built dataset's folder")
+    parser.add_argument("--preset", choices=[PRESET], help="measure a full shard of 1000 classes, made for the purpose")
+    parser.add_argument(
+        "--distances",
+        type=Path,
+        default=DISTANCES / f"{SAMPLE}.npy",
+        metavar="FILE",
+        help=f"the sample of distances it is filled with ({SAMPLE}.npy; see benchmarks.exact_distances)",
+    )
+    parser.add_argument(
+        "--accuracy",
+        type=Path,
+        metavar="FILE",
+        help="a result of benchmarks.accuracy: adds top-1 to the datasets it was measured on, and a plot of both",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write <date>-storage.{json,md,png} into this folder")
     return parser
 
 
-def report(paths: Sequence[Path], *, json_path: Path | None, out: Path | None) -> int:
-    """Measures, prints both tables and writes what was asked for; returns the exit status."""
-    datasets = [open_dataset(path) for path in paths]
+def report(options: argparse.Namespace) -> int:
+    """Measures, prints the tables and writes what was asked for; returns the exit status."""
+    if not options.datasets and options.preset is None:
+        raise ConfigError(f"nothing to measure: name a dataset's folder, or say --preset {PRESET}")
+    datasets = [open_dataset(path) for path in options.datasets]
     measured = [measure_coded(dataset, coding) for dataset in datasets for coding in CODINGS]
-    rows = [*soft_label_rows(datasets[0]), teacher_row(), *(dataset_row(each) for each in measured)]
-    tables = f"{imagenet_table(rows)}\n\n{disk_table(measured)}\n"
-    print(f"{tables}\n{NOTES}")
+    points = [] if options.accuracy is None else read_points(options.accuracy, datasets)
+    samples = distance_samples()
+    notes = NOTES
+    if options.preset is not None:
+        measured = [*measure_preset(options.distances), *measured]
+        notes += preset_note(options.distances, samples)
+    with one_of(datasets) as any_dataset:
+        rows = [*label_rows(any_dataset), *(dataset_row(each) for each in measured)]
+    tables = [imagenet_table(rows), disk_table(measured), entropy_table(samples), accuracy_table(points)]
+    text = "\n\n".join(table for table in tables if table)
+    print(f"{text}\n\n{notes}")
     facts = provenance(MODULE, seeds=[0])
-    record = facts | {"rows": [row.as_json(rows[0]) for row in rows], "measured": [asdict(each) for each in measured]}
-    if json_path is not None:
-        write_json(json_path, record)
-    if out is not None:
-        _write_results(out / f"{facts['date']}-storage", record, tables, rows)
+    record = facts | {
+        "rows": [row.as_json(rows[0]) for row in rows],
+        "measured": [asdict(each) for each in measured],
+        "distances": samples,
+        "points": [asdict(point) for point in points],
+    }
+    if options.json is not None:
+        write_json(options.json, record)
+    if options.out is not None:
+        _write_results(options.out / f"{facts['date']}-storage", record, f"{text}\n\n{notes}", rows, points)
     return 0
+
+
+def measure_preset(sample: Path) -> Iterator[Measured]:
+    """The full shard of 1000 classes, in both codings."""
+    distances = load_sample(sample)
+    for coding in CODINGS:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            open_dataset(write_model_shard(Path(folder), coding, distances)) as dataset,
+        ):
+            yield replace(measure_coded(dataset, coding), name=f"{PRESET}, {coding}")
+
+
+@contextmanager
+def one_of(datasets: Sequence[DistilledDataset]) -> Iterator[DistilledDataset]:
+    """A dataset whose pairs soft labels are written for: any, since their files' length does not depend on them."""
+    if datasets:
+        yield datasets[0]
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        nothing = np.ones((2, 1), np.float32)
+        with open_dataset(write_model_shard(Path(folder), "derived", nothing, epochs=1)) as dataset:
+            yield dataset
+
+
+def distance_samples() -> list[dict[str, Any]]:
+    """What is known of every kept sample of distances, with the entropy of its pairs' levels."""
+    levels = distance_levels()
+    return [
+        json.loads(path.with_suffix(".json").read_text())
+        | {"name": path.stem, "joint_entropy_bits": joint_entropy(load_sample(path), levels)}
+        for path in sorted(DISTANCES.glob("*.npy"))
+    ]
+
+
+def preset_note(sample: Path, samples: Sequence[dict[str, Any]]) -> str:
+    """Where the preset's distances come from."""
+    known = next((facts for facts in samples if facts["name"] == sample.stem), None)
+    if known is None:
+        return f"{PRESET}: distances drawn from {sample.name}.\n"
+    return PRESET_NOTE.format(preset=PRESET, top1=known["teacher_top1"], **known)
+
+
+def label_rows(dataset: DistilledDataset) -> list[Row]:
+    """What others store; fp16 soft labels come first, all are compared with them."""
+    return [*soft_label_rows(dataset), teacher_row(), _row_per_pair("one-hot: the class in the image's name", 0.0)]
 
 
 def dataset_row(measured: Measured) -> Row:
@@ -169,7 +264,7 @@ def imagenet_table(rows: Sequence[Row]) -> str:
         [
             row.name,
             f"{row.bytes_per_pair:.2f}",
-            f"{rows[0].bytes_per_pair / row.bytes_per_pair:.1f}",
+            f"{rows[0].bytes_per_pair / row.bytes_per_pair:.1f}" if row.bytes_per_pair else "",
             *(f"{row.gigabytes[ipc]:.4g}" for ipc in IPCS),
         ]
         for row in rows
@@ -186,6 +281,8 @@ def disk_table(measured: Sequence[Measured]) -> str:
         "pairs",
         "label bytes",
         "bytes a pair",
+        "records a pair",
+        "images and their tar headers",
         "soft labels",
         "times smaller",
     ]
@@ -196,7 +293,9 @@ def disk_table(measured: Sequence[Measured]) -> str:
             str(each.images_per_shard),
             f"{each.footprint.pairs:,}",
             f"{each.footprint.labels:,}",
-            f"{each.footprint.labels / each.footprint.pairs:.2f}",
+            f"{each.footprint.labels / each.footprint.pairs:.3f}",
+            f"{each.footprint.records / each.footprint.pairs:.3f}",
+            f"{each.footprint.image_share:.1%}",
             f"{each.soft_label_bytes:,.0f}",
             f"{each.soft_label_bytes / each.footprint.labels:.1f}",
         ]
@@ -205,15 +304,33 @@ def disk_table(measured: Sequence[Measured]) -> str:
     return markdown_table(header, lines)
 
 
+def entropy_table(samples: Sequence[dict[str, Any]]) -> str:
+    """How many bits the levels of a pair carry, by the teacher's number of classes."""
+    header = ["distances of", "classes", "teacher top-1", "pairs", "p_i + p_j", "bits of both levels"]
+    lines = [
+        [
+            facts["name"],
+            str(facts["classes"]),
+            f"{facts['teacher_top1']:.1%}",
+            f"{facts['pairs']:,}",
+            f"{facts['mean_mass_of_both_classes']:.2f}",
+            f"{facts['joint_entropy_bits']:.2f}",
+        ]
+        for facts in samples
+    ]
+    return markdown_table(header, lines) if lines else ""
+
+
 def plot(path: Path, rows: Sequence[Row]) -> None:
     """Writes a PNG: gigabytes of every row at every IPC, on a logarithmic axis."""
-    figure = Figure(figsize=(8, 0.45 * len(rows) + 1.5), layout="constrained")
+    shown = [row for row in rows if row.bytes_per_pair]
+    figure = Figure(figsize=(8, 0.45 * len(shown) + 1.5), layout="constrained")
     axis = figure.subplots()
     height = 0.8 / len(IPCS)
     for number, ipc in enumerate(IPCS):
-        places = [row + (number - 1) * height for row in range(len(rows))]
-        axis.barh(places, [row.gigabytes[ipc] for row in rows], height, label=f"{ipc} images per class")
-    axis.set_yticks(range(len(rows)), [row.name for row in rows])
+        places = [row + (number - 1) * height for row in range(len(shown))]
+        axis.barh(places, [row.gigabytes[ipc] for row in shown], height, label=f"{ipc} images per class")
+    axis.set_yticks(range(len(shown)), [row.name for row in shown])
     axis.invert_yaxis()
     axis.set(xscale="log", xlabel="labels of ImageNet-1k, 300 epochs, GB")
     axis.legend()
@@ -223,10 +340,10 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
 
 def _row(name: str, sizes: dict[int, float]) -> Row:
     """A row from bytes by images per class."""
-    pairs = IPCS[0] * IMAGENET_CLASSES * EPOCHS
+    pairs = PER_PAIR_IPC * IMAGENET_CLASSES * EPOCHS
     return Row(
         name=name,
-        bytes_per_pair=sizes[IPCS[0]] / pairs,
+        bytes_per_pair=sizes[PER_PAIR_IPC] / pairs,
         gigabytes={ipc: size / GIGABYTE for ipc, size in sizes.items()},
     )
 
@@ -235,11 +352,15 @@ def _row_per_pair(name: str, bytes_per_pair: float) -> Row:
     return _row(name, {ipc: bytes_per_pair * ipc * IMAGENET_CLASSES * EPOCHS for ipc in IPCS})
 
 
-def _write_results(stem: Path, record: dict[str, Any], tables: str, rows: Sequence[Row]) -> None:
+def _write_results(stem: Path, record: dict[str, Any], text: str, rows: Sequence[Row], points: Sequence[Point]) -> None:
     make_folder(stem.parent)
     write_json(stem.with_name(stem.name + ".json"), record)
-    write_text(stem.with_name(stem.name + ".md"), f"# Label storage\n\n{provenance_text(record)}\n{tables}\n{NOTES}")
+    pictures = f"![gigabytes]({stem.name}.png)\n"
     plot(stem.with_name(stem.name + ".png"), rows)
+    if points:
+        plot_points(stem.with_name(stem.name + "-accuracy.png"), points)
+        pictures += f"![bytes against accuracy]({stem.name}-accuracy.png)\n"
+    write_text(stem.with_name(stem.name + ".md"), f"# Label storage\n\n{provenance_text(record)}\n{text}\n{pictures}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ from benchmarks.footprint import (
     recode,
     soft_label_bytes,
 )
+from benchmarks.grid import Cell, Grid, ImageKind, build_config, image_kind
+from benchmarks.model_shard import write_model_shard
+from benchmarks.teacher import TeacherConfig
+from builders.config import plan_settings
+from builders.sources import load_source
+from nrrdd_format.codebooks import quantize
 from nrrdd_format.dataset import DistilledDataset, open_dataset
 from nrrdd_format.errors import ConfigError
 from nrrdd_format.manifest import MANIFEST_NAME
@@ -51,10 +58,21 @@ def test_every_byte_of_a_dataset_is_counted_once(dataset: DistilledDataset) -> N
 
 
 def test_more_pairs_take_records_and_more_images_take_headers() -> None:
-    footprint = Footprint(images=10, pairs=30, image_data=0, records=90, shard_overhead=50, manifest=7)
+    footprint = Footprint(
+        images=10,
+        pairs=30,
+        image_data=0,
+        image_members=0,
+        records=90,
+        shard_overhead=50,
+        manifest=7,
+        shards=2,
+        manifest_entry=3,
+    )
     assert footprint.labels == 147
+    assert footprint.image_share == 53 / 200
     assert footprint.labels_at(10, 3) == 147
-    assert footprint.labels_at(100, 6) == 3 * 600 + 500 + 7
+    assert footprint.labels_at(100, 6) == 3 * 600 + 500 + 7 + 18 * 3
 
 
 @pytest.mark.parametrize("coding", ["explicit", "derived"])
@@ -155,6 +173,116 @@ def test_the_command_prints_tables_and_writes_json_markdown_and_plot(
     assert rows["the teacher itself (ResNet-18)"]["gigabytes"]["10"] == pytest.approx(0.0468, rel=0.02)
     assert str(tmp_path) not in json.dumps(record)
     assert {path.suffix for path in (tmp_path / "results").iterdir()} == {".json", ".md", ".png"}
+
+
+@pytest.mark.parametrize("coding", ["explicit", "derived"])
+def test_the_model_shard_is_a_sound_dataset(coding: Coding, tmp_path: Path) -> None:
+    sample = np.array([[0.5, 2.0], [3.0, 1.0]], np.float32)
+    write_model_shard(tmp_path, coding, sample, epochs=2)
+    assert verify_dataset(tmp_path) == []
+    with open_dataset(tmp_path) as dataset:
+        records = dataset.shards[0].records(1)
+        levels = dataset.manifest.codebooks.distances
+        assert len(dataset.manifest.dataset.class_names) == 1000 and len(records) == 1000
+    drawn = {tuple(pair) for pair in zip(records.distance_org, records.distance_aug, strict=True)}
+    assert drawn == {tuple(levels[quantize(pair, levels)]) for pair in sample.T}
+
+
+def test_the_preset_measures_both_codings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_footprint, "write_model_shard", partial(write_model_shard, epochs=2))
+    (tmp_path / "samples").mkdir()
+    monkeypatch.setattr(storage_footprint, "DISTANCES", tmp_path / "samples")
+    facts = {"dataset": "d", "classes": 3, "teacher": "t", "teacher_top1": 0.5, "pairs": 4}
+    facts |= {"mean_mass_of_both_classes": 0.25}
+    np.save(tmp_path / "samples" / "four.npy", np.array([[0, 1, 2, 3], [3, 2, 1, 0]], np.float16))
+    (tmp_path / "samples" / "four.json").write_text(json.dumps(facts))
+    arguments = ["--preset", "imagenet1k-ipc200", "--distances", str(tmp_path / "samples" / "four.npy")]
+    assert storage_footprint.main([*arguments, "--json", str(tmp_path / "rows.json")]) == 0
+    record = json.loads((tmp_path / "rows.json").read_text())
+    rows = {row["name"]: row for row in record["rows"]}
+    explicit, derived = (rows[f"imagenet1k-ipc200, {coding}"] for coding in ("explicit", "derived"))
+    assert derived["bytes_per_pair"] < explicit["bytes_per_pair"]
+    assert explicit["gigabytes"]["200"] == pytest.approx(explicit["bytes_per_pair"] * 60e6 / 1e9)
+    assert rows["one-hot: the class in the image's name"]["ratio_to_fkd_fp16"] is None
+    assert record["distances"][0]["joint_entropy_bits"] == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"no array", "not a sample of distances"), (None, "not a sample"), ((2, 3), "float64")]
+)
+def test_bad_samples_end_with_one_line(
+    content: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "sample.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.save(path, np.zeros(content))
+    assert storage_footprint.main(["--preset", "imagenet1k-ipc200", "--distances", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_nothing_to_measure_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert storage_footprint.main([]) == 2
+    assert capsys.readouterr().err == (
+        "error: nothing to measure: name a dataset's folder, or say --preset imagenet1k-ipc200\n"
+    )
+
+
+METHOD = {"refinement": {"iterations": 5, "alpha_lr": 1.0}, "discovery": {"init": "cidd", "confidence": "lowest"}}
+
+
+def test_top1_joins_the_bytes_of_the_images_it_was_measured_on(tmp_path: Path) -> None:
+    path = make_tiny_dataset(tmp_path / "data")
+    manifest = json.loads((path / MANIFEST_NAME).read_text())
+    manifest["method"] = METHOD
+    (path / MANIFEST_NAME).write_text(json.dumps(manifest))
+    cell = {"dataset": "tiny", "ipc": 4, "images": "nrr+lr"}
+    cells = [cell | {"labels": labels, "top1": top1} for labels in ("one-hot", "dbr") for top1 in (0.25, 0.75)]
+    cells += [cell | {"labels": "dbr", "top1": 0.9} | other for other in ({"ipc": 1}, {"images": "nrr"})]
+    (tmp_path / "accuracy.json").write_text(json.dumps({"cells": cells}))
+    arguments = [str(path), "--accuracy", str(tmp_path / "accuracy.json"), "--out", str(tmp_path / "results")]
+    assert storage_footprint.main(arguments) == 0
+    (written,) = (tmp_path / "results").glob("*-storage.json")
+    points = json.loads(written.read_text())["points"]
+    assert [(point["labels"], point["top1"]) for point in points] == [
+        ("one-hot: the image's name", [25, 75]),
+        ("DBR, explicit", [25, 75]),
+        ("DBR, derived", [25, 75]),
+    ]
+    assert points[0]["bytes"] == 0 and points[1]["bytes"] == measure(open_dataset(path)).labels
+    assert written.with_name(written.stem + "-accuracy.png").stat().st_size > 0
+    assert "50.00 ± 35.36" in written.with_suffix(".md").read_text()
+
+
+def test_a_file_that_is_no_accuracy_result_ends_with_one_line(
+    dataset: DistilledDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.json").write_text("[]")
+    assert storage_footprint.main([str(dataset.path), "--accuracy", str(tmp_path / "other.json")]) == 2
+    assert "not a result of benchmarks.accuracy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("images", ["random-real", "discovery", "rded", "nrr", "nrr+lr"])
+def test_the_kind_of_images_is_read_back_from_a_build(images: ImageKind, tmp_path: Path) -> None:
+    grid = Grid(
+        dataset="digits",
+        out=tmp_path,
+        teacher_checkpoint=tmp_path / "teacher.pt",
+        teacher=TeacherConfig(),
+        ipcs=(1,),
+        images=(images,),
+        labels=("dbr",),
+        seeds=(0,),
+        student="conv2",
+        epochs=1,
+        iterations=3,
+    )
+    (tmp_path / "teacher.pt").write_bytes(b"weights")
+    config = build_config(grid, Cell(ipc=1, images=images, labels="dbr", seed=0))
+    settings = plan_settings(config, load_source("digits", data_dir=None))
+    assert image_kind(asdict(settings)) == images
 
 
 def test_a_missing_dataset_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,108 @@
+"""Bytes of labels beside the top-1 of students that learned from them, on the same images.
+
+Top-1 comes from a result of `benchmarks.accuracy`. A built dataset is found in it by name, images per class and kind of
+images; its bytes are measured anew, so every kind of label is a point of bytes and accuracy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.footprint import measure_as, soft_label_bytes
+from benchmarks.grid import image_kind
+from benchmarks.results_io import markdown_table
+from benchmarks.spread import spread
+from nrrdd_format.dataset import DistilledDataset
+from nrrdd_format.errors import ConfigError
+from nrrdd_format.files import atomic_write
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A way to store labels: what it takes and what students reach with it.
+
+    Attributes:
+        images: dataset, images per class and kind of images.
+        labels: the kind of labels and how they are stored.
+        bytes: of all labels of the dataset, as they lie on disk.
+        top1: in percent, one value a seed.
+    """
+
+    images: str
+    labels: str
+    bytes: float
+    top1: tuple[float, ...]
+
+
+def read_points(path: Path, datasets: Sequence[DistilledDataset]) -> list[Point]:
+    """The points of every dataset that the result at `path` has students of.
+
+    Raises:
+        ConfigError: it is no such result.
+    """
+    try:
+        cells = json.loads(path.read_text())["cells"]
+        return [point for dataset in datasets for point in _points(cells, dataset)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: not a result of benchmarks.accuracy ({error!r}); give its JSON file") from error
+
+
+def _points(cells: Sequence[dict[str, Any]], dataset: DistilledDataset) -> Iterator[Point]:
+    manifest = dataset.manifest
+    key = {"dataset": manifest.dataset.name, "ipc": manifest.images.ipc, "images": image_kind(manifest.method)}
+    here = [cell for cell in cells if all(cell[name] == value for name, value in key.items())]
+    if not here:
+        return
+    explicit, derived = (measure_as(dataset, coding).labels for coding in ("explicit", "derived"))
+    stored = [
+        ("one-hot", "one-hot: the image's name", 0.0),
+        ("compact", "compact, explicit", explicit),
+        ("compact", "compact, derived", derived),
+        ("dbr", "DBR, explicit", explicit),
+        ("dbr", "DBR, derived", derived),
+        ("soft", "soft labels, fp16", soft_label_bytes(dataset)),
+    ]
+    for labels, name, size in stored:
+        tops = tuple(100 * cell["top1"] for cell in here if cell["labels"] == labels)
+        if tops:
+            yield Point(images="{dataset} IPC {ipc}, {images}".format(**key), labels=name, bytes=size, top1=tops)
+
+
+def accuracy_table(points: Sequence[Point]) -> str:
+    """All points as Markdown; empty without any."""
+    header = ["images", "labels", "bytes of labels", "student top-1 %"]
+    rows = [[point.images, point.labels, f"{point.bytes:,.0f}", spread(point.top1)] for point in points]
+    return markdown_table(header, rows) if rows else ""
+
+
+def plot_points(path: Path, points: Sequence[Point]) -> None:
+    """Writes a PNG: bytes on a logarithmic axis against top-1, a line for each kind of images."""
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    least = min(point.bytes for point in points if point.bytes) / 10  # where labels without bytes are drawn
+    for images in dict.fromkeys(point.images for point in points):
+        here = sorted((point for point in points if point.images == images), key=lambda point: point.bytes)
+        places = [point.bytes or least for point in here]
+        means = [mean(point.top1) for point in here]
+        errors = [stdev(point.top1) if len(point.top1) > 1 else 0.0 for point in here]
+        (line, *_) = axis.errorbar(places, means, yerr=errors, fmt="o", capsize=2, label=images)
+        for point, place, top1 in zip(here, places, means, strict=True):
+            axis.annotate(
+                point.labels,
+                (place, top1),
+                xytext=(5, 4),
+                textcoords="offset points",
+                fontsize=7,
+                color=line.get_color(),
+            )
+    axis.set(xscale="log", xlabel="bytes of labels (one-hot: none)", ylabel="student top-1, %")
+    axis.legend(fontsize=8)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)

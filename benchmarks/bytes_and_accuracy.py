@@ -19,6 +19,7 @@ from benchmarks.footprint import measure_as, soft_label_bytes
 from benchmarks.grid import image_kind
 from benchmarks.results_io import markdown_table
 from benchmarks.spread import spread
+from builders.assembly import METHOD
 from nrrdd_format.dataset import DistilledDataset
 from nrrdd_format.errors import ConfigError
 from nrrdd_format.files import atomic_write
@@ -56,6 +57,8 @@ def read_points(path: Path, datasets: Sequence[DistilledDataset]) -> list[Point]
 
 def _points(cells: Sequence[dict[str, Any]], dataset: DistilledDataset) -> Iterator[Point]:
     manifest = dataset.manifest
+    if manifest.method.get("name") != METHOD:
+        return  # not built here: no student of the accuracy benchmark has seen it
     key = {"dataset": manifest.dataset.name, "ipc": manifest.images.ipc, "images": image_kind(manifest.method)}
     here = [cell for cell in cells if all(cell[name] == value for name, value in key.items())]
     if not here:

@@ -39,6 +39,8 @@ from nrrdd_format.pairs import PairRecords, draw_pairs
 from nrrdd_format.records import encode_shard_records
 from nrrdd_format.shards import EncodedImage, ShardEntry, shard_name, write_shard
 
+METHOD = "NRR-DD"
+"""Names, in the manifest's `method`, what made a dataset here."""
 ENTRY = "shard-{:05d}.json"
 
 
@@ -148,7 +150,7 @@ def make_manifest(job: Job, entries: list[ShardEntry], teacher_top1: float) -> M
         teacher=TeacherInfo(
             architecture=job.teacher.architecture, sha256=job.teacher.sha256, top1=round(teacher_top1, 4)
         ),
-        method={"name": "NRR-DD", "build_key": job.key, "seed": job.config.seed, **asdict(settings)},
+        method={"name": METHOD, "build_key": job.key, "seed": job.config.seed, **asdict(settings)},
         shards=tuple(entries),
     )
 

@@ -62,7 +62,7 @@ def test_more_pairs_take_records_and_more_images_take_headers() -> None:
         images=10,
         pairs=30,
         image_data=0,
-        image_members=0,
+        image_members=53,
         records=90,
         shard_overhead=50,
         manifest=7,
@@ -230,7 +230,11 @@ def test_nothing_to_measure_ends_with_one_line(capsys: pytest.CaptureFixture[str
     )
 
 
-METHOD = {"refinement": {"iterations": 5, "alpha_lr": 1.0}, "discovery": {"init": "cidd", "confidence": "lowest"}}
+METHOD = {
+    "name": "NRR-DD",
+    "refinement": {"iterations": 5, "alpha_lr": 1.0},
+    "discovery": {"init": "cidd", "confidence": "lowest"},
+}
 
 
 def test_top1_joins_the_bytes_of_the_images_it_was_measured_on(tmp_path: Path) -> None:

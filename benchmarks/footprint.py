@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import tarfile
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -119,12 +121,24 @@ def measure_as(dataset: DistilledDataset, coding: Coding) -> Footprint:
     Raises:
         ConfigError: derived coding of pairs that were not drawn by the format's own rule.
     """
+    with recoded(dataset, coding) as coded:
+        return measure(coded)
+
+
+@contextmanager
+def recoded(dataset: DistilledDataset, coding: Coding) -> Iterator[DistilledDataset]:
+    """The dataset with its records coded as asked: itself, or a copy for the time being.
+
+    Raises:
+        ConfigError: derived coding of pairs that were not drawn by the format's own rule.
+    """
     if dataset.manifest.records.coding == coding:
-        return measure(dataset)
+        yield dataset
+        return
     with tempfile.TemporaryDirectory() as folder:
         recode(dataset, coding, Path(folder))
-        with open_dataset(folder) as recoded:
-            return measure(recoded)
+        with open_dataset(folder) as copy:
+            yield copy
 
 
 def recode(dataset: DistilledDataset, coding: Coding, out: Path) -> None:
@@ -136,7 +150,7 @@ def recode(dataset: DistilledDataset, coding: Coding, out: Path) -> None:
     manifest = dataset.manifest
     recoded = replace(manifest, records=replace(manifest.records, coding=coding))
     entries = tuple(
-        _recode_shard(shard, number, recoded.layout(number), manifest.records.epochs, out / entry.name)
+        _recode_shard(shard, recoded.layout(number), manifest.records.epochs, out / entry.name)
         for number, (shard, entry) in enumerate(zip(dataset.shards, manifest.shards, strict=True))
     )
     replace(recoded, shards=entries).save(out / MANIFEST_NAME)
@@ -170,7 +184,7 @@ def in_full_batches(pairs: PairRecords) -> PairRecords:
     return pairs.take(np.resize(np.arange(len(pairs)), FULL_BATCHES * BATCH))
 
 
-def _recode_shard(shard: ShardReader, number: int, layout: RecordLayout, epochs: int, path: Path) -> ShardEntry:
+def _recode_shard(shard: ShardReader, layout: RecordLayout, epochs: int, path: Path) -> ShardEntry:
     images = [
         EncodedImage(index=index, label=label, data=shard.image_bytes(position))
         for position, (index, label) in enumerate(zip(shard.indices.tolist(), shard.labels.tolist(), strict=True))
@@ -178,10 +192,10 @@ def _recode_shard(shard: ShardReader, number: int, layout: RecordLayout, epochs:
     extension = Path(shard.header.members[0].name).suffix.removeprefix(".")
     return write_shard(
         path,
-        shard=number,
+        shard=shard.shard,
         images=images,
         extension=extension,
-        blocks=encode_shard_records(map(shard.records, range(epochs)), layout, number),
+        blocks=encode_shard_records(map(shard.records, range(epochs)), layout, shard.shard),
         epochs=epochs,
         layout=layout,
     )

@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, get_args
 
 import numpy as np
@@ -28,7 +30,8 @@ from benchmarks.footprint import (
     epoch_pairs,
     fkd_bytes_per_pair,
     in_full_batches,
-    measure_as,
+    measure,
+    recoded,
     soft_label_bytes,
 )
 from benchmarks.model_shard import write_model_shard
@@ -40,6 +43,7 @@ from nrrdd_format.dataset import DistilledDataset, open_dataset
 from nrrdd_format.errors import ConfigError
 from nrrdd_format.files import atomic_write
 from nrrdd_format.pairs import Coding
+from nrrdd_format.shards import ShardReader
 
 MODULE = "benchmarks.storage_footprint"
 PRESET = "imagenet1k-ipc200"
@@ -52,6 +56,7 @@ PER_PAIR_IPC = 200
 EPOCHS = 300
 CODINGS: tuple[Coding, ...] = ("explicit", "derived")
 LPLD_PRUNING = 40
+TIMED_EPOCHS = 100
 GIGABYTE = 1e9
 
 NOTES = """\
@@ -96,13 +101,18 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One dataset in one coding, as it lies on disk, and the bytes of soft labels for the same pairs."""
+    """One dataset in one coding, as it lies on disk, and the bytes of soft labels for the same pairs.
+
+    Attributes:
+        decode_milliseconds: median time to read the pairs of one epoch of the first shard.
+    """
 
     name: str
     classes: int
     images_per_shard: int
     footprint: Footprint
     soft_label_bytes: float
+    decode_milliseconds: float
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -248,13 +258,25 @@ def teacher_row() -> Row:
 def measure_coded(dataset: DistilledDataset, coding: Coding) -> Measured:
     """Measures a dataset in one coding, and soft labels for all of its pairs at its own number of classes."""
     manifest = dataset.manifest
-    return Measured(
-        name=f"{manifest.dataset.name} IPC {manifest.images.ipc}, {coding}",
-        classes=len(manifest.dataset.class_names),
-        images_per_shard=manifest.shards[0].images,
-        footprint=measure_as(dataset, coding),
-        soft_label_bytes=soft_label_bytes(dataset),
-    )
+    with recoded(dataset, coding) as coded:
+        return Measured(
+            name=f"{manifest.dataset.name} IPC {manifest.images.ipc}, {coding}",
+            classes=len(manifest.dataset.class_names),
+            images_per_shard=manifest.shards[0].images,
+            footprint=measure(coded),
+            soft_label_bytes=soft_label_bytes(dataset),
+            decode_milliseconds=decode_time(coded.shards[0]),
+        )
+
+
+def decode_time(shard: ShardReader) -> float:
+    """Median of the milliseconds that reading one epoch's pairs takes, the file being in memory."""
+    times = []
+    for epoch in range(min(shard.epochs, TIMED_EPOCHS)):
+        started = time.perf_counter()
+        shard.records(epoch)
+        times.append(1e3 * (time.perf_counter() - started))
+    return median(times)
 
 
 def imagenet_table(rows: Sequence[Row]) -> str:
@@ -285,6 +307,7 @@ def disk_table(measured: Sequence[Measured]) -> str:
         "images and their tar headers",
         "soft labels",
         "times smaller",
+        "ms to read an epoch of a shard",
     ]
     lines = [
         [
@@ -298,6 +321,7 @@ def disk_table(measured: Sequence[Measured]) -> str:
             f"{each.footprint.image_share:.1%}",
             f"{each.soft_label_bytes:,.0f}",
             f"{each.soft_label_bytes / each.footprint.labels:.1f}",
+            f"{each.decode_milliseconds:.2f}",
         ]
         for each in measured
     ]

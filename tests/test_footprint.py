@@ -90,6 +90,17 @@ def test_recoded_datasets_are_sound_and_hold_the_same_pairs(tmp_path: Path, stor
             _assert_equal(before.records(epoch), after.records(epoch))
 
 
+def test_a_dataset_that_lost_a_shard_is_recoded_under_its_own_numbers(tmp_path: Path) -> None:
+    path = make_tiny_dataset(tmp_path / "data")
+    manifest = json.loads((path / MANIFEST_NAME).read_text())
+    del manifest["shards"][0]
+    manifest["images"]["count"] = manifest["shards"][0]["images"]
+    (path / MANIFEST_NAME).write_text(json.dumps(manifest))
+    (tmp_path / "recoded").mkdir()
+    recode(open_dataset(path), "derived", tmp_path / "recoded")
+    assert verify_dataset(tmp_path / "recoded") == []
+
+
 def _assert_equal(left: PairRecords, right: PairRecords) -> None:
     for field in fields(PairRecords):
         np.testing.assert_array_equal(getattr(left, field.name), getattr(right, field.name))

@@ -1,4 +1,4 @@
-"""`nrrdd`: train a teacher or a student, look into a dataset, check it, and draw its preview.
+"""`nrrdd`: train a teacher or a student, draw a dataset's preview, and the verbs of the other modules for its files.
 
 Every verb loads what it needs only when it runs, so that `nrrdd --help` answers at once.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.command import add_device, add_source, pick_device, run
+from benchmarks.dataset_verbs import add_dataset_verbs
+from benchmarks.exchange_verbs import add_exchange_verbs
+from benchmarks.verbs import Verb, add_dataset, add_verb
 
 EPILOG = """\
 a first round, with scikit-learn's digits (no download):
@@ -42,27 +44,12 @@ labels: dbr      the dataset's distances, with the DBR loss
 The result is the top-1 share on the source's real test images after the last epoch.
 """
 
-INSPECT_EPILOG = """\
-examples:
-  nrrdd inspect digits-ipc10
-  nrrdd inspect digits-ipc10 --record 0:12:3    shard 0, epoch 12, pair 3
-"""
-
-VERIFY_EPILOG = """\
-example:
-  nrrdd verify digits-ipc10 && echo sound
-Checks the manifest, every shard's hash, every member and every record, and prints each problem on a line.
-Exit status: 0 without problems, 1 with, 2 when the command itself is wrong.
-"""
-
 PREVIEW_EPILOG = """\
 example:
   nrrdd preview digits-ipc10 --out pictures
 Writes contact-sheet.png (the first image of every class, at most 50) and distances.png (both distances).
 Where the build's work folder is still there, the sheet also shows the initial images and the masks.
 """
-
-Verb = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,11 +68,11 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    _add_teacher(_add_verb(verbs, "teacher", run_teacher, "train a teacher on a source dataset", TEACHER_EPILOG))
-    _add_student(_add_verb(verbs, "student", run_student, "train a student and test it on real images", STUDENT_EPILOG))
-    _add_inspect(_add_verb(verbs, "inspect", run_inspect, "say what is in a dataset", INSPECT_EPILOG))
-    _add_dataset(_add_verb(verbs, "verify", run_verify, "find every damage in a dataset", VERIFY_EPILOG))
-    _add_preview(_add_verb(verbs, "preview", run_preview, "draw a dataset's images and distances", PREVIEW_EPILOG))
+    _add_teacher(add_verb(verbs, "teacher", run_teacher, "train a teacher on a source dataset", TEACHER_EPILOG))
+    _add_student(add_verb(verbs, "student", run_student, "train a student and test it on real images", STUDENT_EPILOG))
+    _add_preview(add_verb(verbs, "preview", run_preview, "draw a dataset's images and distances", PREVIEW_EPILOG))
+    add_dataset_verbs(verbs)
+    add_exchange_verbs(verbs)
     return parser
 
 
@@ -155,26 +142,6 @@ def run_student(options: argparse.Namespace) -> int:
     return 0
 
 
-def run_inspect(options: argparse.Namespace) -> int:
-    """`nrrdd inspect`."""
-    from nrrdd_format.inspect import describe, render
-
-    facts = describe(options.path, record=options.record)
-    print(json.dumps(facts, indent=2) if options.json else render(facts))
-    return 0
-
-
-def run_verify(options: argparse.Namespace) -> int:
-    """`nrrdd verify`."""
-    from nrrdd_format.verify import verify_dataset
-
-    problems = verify_dataset(options.path)
-    for problem in problems:
-        print(problem)
-    print(f"{options.path}: {len(problems)} problems" if problems else f"{options.path}: no problems")
-    return 1 if problems else 0
-
-
 def run_preview(options: argparse.Namespace) -> int:
     """`nrrdd preview`."""
     from builders.preview import redraw
@@ -188,20 +155,6 @@ def run_preview(options: argparse.Namespace) -> int:
     print(written.contact_sheet)
     print(written.histogram)
     return 0
-
-
-def _add_verb(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, verb: Verb, summary: str, epilog: str
-) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(verb=verb)
-    return parser
 
 
 def _add_teacher(parser: argparse.ArgumentParser) -> None:
@@ -223,7 +176,7 @@ def _add_teacher(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_student(parser: argparse.ArgumentParser) -> None:
-    _add_dataset(parser)
+    add_dataset(parser)
     parser.add_argument(
         "--labels", choices=("dbr", "soft", "compact", "one-hot"), default="dbr", help="what to learn from (dbr)"
     )
@@ -252,32 +205,15 @@ def _add_loss(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    _add_dataset(parser)
-    parser.add_argument("--record", type=_record, metavar="SHARD:EPOCH:PAIR", help="show one pair's record")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
 def _add_preview(parser: argparse.ArgumentParser) -> None:
-    _add_dataset(parser)
+    add_dataset(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the pictures (default: DATASET.preview)")
     parser.add_argument("--work-dir", type=Path, metavar="DIR", help="the build's work folder (default: DATASET.work)")
-
-
-def _add_dataset(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="DATASET", help="a built dataset's folder")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every random draw (0)")
     add_device(parser)
-
-
-def _record(text: str) -> tuple[int, int, int]:
-    match = re.fullmatch(r"(\d+):(\d+):(\d+)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected SHARD:EPOCH:PAIR, such as 0:12:3")
-    return int(match[1]), int(match[2]), int(match[3])
 
 
 if __name__ == "__main__":

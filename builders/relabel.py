@@ -77,7 +77,14 @@ def _distances(
     plan = plan_batch([(0, pairs)])
     used = images[torch.from_numpy(plan.image).to(images.device)]
     mixed = replay(plan.with_images(used).to(images.device), mean=mean, std=std)
-    log_p = (model(mixed).float() / temperature).log_softmax(1)
+    return distances_of(model(mixed), labels, pairs, temperature)
+
+
+def distances_of(
+    logits: Tensor, labels: NDArray[np.int64], pairs: PairRecords, temperature: float
+) -> NDArray[np.float32]:
+    """d_org and d_aug (2, B) of pairs from the logits (B, C) of their mixed images; `labels` (n,) are the images'."""
+    log_p = (logits.float() / temperature).log_softmax(1)
     targets = np.stack([labels[pairs.index_org], labels[pairs.index_aug]], axis=1)
     distances: NDArray[np.float32] = -log_p.gather(1, torch.from_numpy(targets).to(log_p.device)).cpu().numpy().T
     return distances

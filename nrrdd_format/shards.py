@@ -218,18 +218,6 @@ class ShardReader:
             reason = f"block {number}, epoch {epoch}: {error.reason}"
             raise FormatError(reason, path=self.path, member=RECORDS_NAME, offset=offset) from None
 
-    def check_rest(self) -> None:
-        """Check what reading all images and blocks leaves out: the record member's checksum, all padding."""
-        member, start = self.header.members[-1], int(self._offsets[-2]) + tar.BLOCK
-        crc = 0
-        for offset in range(start, start + member.size, _CHUNK):
-            crc = zlib.crc32(self._file.read(offset, min(_CHUNK, start + member.size - offset), member.name), crc)
-        self._check_crc(crc, member, start)
-        self._check_padding(HEADER_NAME, 0, self._header_bytes)
-        for one, offset in zip(self.header.members, self._offsets.tolist(), strict=False):
-            self._check_padding(one.name, offset, one.size)
-        self._check_zeros(int(self._offsets[-1]), len(tar.END), None)
-
     def close(self) -> None:
         """Close the file; a later read opens it again."""
         self._file.close()
@@ -303,14 +291,6 @@ class ShardReader:
         if crc != member.crc32:
             reason = f"crc32 {crc:08x}, expected {member.crc32:08x}: the bytes are damaged"
             raise FormatError(reason, path=self.path, member=member.name, offset=offset)
-
-    def _check_padding(self, member: str, offset: int, size: int) -> None:
-        """Check the bytes after the data of the member whose tar header is at `offset`."""
-        self._check_zeros(offset + tar.BLOCK + size, tar.padded(size) - size, member)
-
-    def _check_zeros(self, offset: int, size: int, member: str | None) -> None:
-        if any(self._file.read(offset, size, member)):
-            raise FormatError("padding is not all zeros", path=self.path, member=member, offset=offset)
 
 
 def _require(condition: bool, message: str) -> None:

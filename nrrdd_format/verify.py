@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import os
+import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
+from nrrdd_format import tar
 from nrrdd_format.dataset import open_shard
 from nrrdd_format.errors import FormatError
-from nrrdd_format.manifest import Codec, Manifest, manifest_path
+from nrrdd_format.image_file import check_image
+from nrrdd_format.manifest import Manifest, manifest_path
+from nrrdd_format.pread import PositionedFile
+from nrrdd_format.shard_header import HEADER_NAME
 from nrrdd_format.shards import ShardReader, file_sha256
+
+_CHUNK = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,23 +38,36 @@ def verify_dataset(path: str | os.PathLike[str]) -> list[Problem]:
     """Check a dataset folder: manifest, hashes, every image decoded, every record decoded, all padding.
 
     Returns every problem found, in file order; an empty list means that the dataset is whole. A manifest that
-    cannot be read is one problem, and nothing else is checked then.
+    cannot be read is one problem, and nothing else is checked then; nor is the rest of a shard whose header cannot be
+    trusted.
     """
+    return list(find_problems(path))
+
+
+def find_problems(path: str | os.PathLike[str]) -> Iterator[Problem]:
+    """The problems of `verify_dataset`, each as soon as it is found."""
     file = manifest_path(path)
     try:
         manifest = Manifest.load(file)
     except FormatError as error:
-        return [Problem(shard=None, member=None, offset=None, message=str(error))]
+        yield Problem(shard=None, member=None, offset=None, message=str(error))
+        return
     owners: dict[int, str] = {}
-    return [
-        Problem(shard=entry.name, member=error.member, offset=error.offset, message=error.reason)
-        for index, entry in enumerate(manifest.shards)
-        for error in _shard_errors(file.parent, manifest, index, owners)
-    ]
+    for index in range(len(manifest.shards)):
+        yield from shard_problems(file.parent, manifest, index, owners)
+
+
+def shard_problems(folder: Path, manifest: Manifest, index: int, owners: dict[int, str]) -> Iterator[Problem]:
+    """The problems of `manifest.shards[index]`.
+
+    `owners` maps the image numbers of the shards looked at before to their shard; those of this one are added.
+    """
+    name = manifest.shards[index].name
+    for error in _shard_errors(folder, manifest, index, owners):
+        yield Problem(shard=name, member=error.member, offset=error.offset, message=error.reason)
 
 
 def _shard_errors(folder: Path, manifest: Manifest, index: int, owners: dict[int, str]) -> Iterator[FormatError]:
-    """Faults of one shard; `owners` maps the images of earlier shards to the shard's name."""
     entry = manifest.shards[index]
     try:
         digest = file_sha256(folder / entry.name)
@@ -65,35 +83,9 @@ def _shard_errors(folder: Path, manifest: Manifest, index: int, owners: dict[int
         return
     with reader:
         yield from _repetition_errors(reader, entry.name, owners)
-        yield from _content_errors(reader, manifest)
-
-
-def _content_errors(reader: ShardReader, manifest: Manifest) -> Iterator[FormatError]:
-    for image in range(reader.images):
-        try:
-            _decode(reader.image_bytes(image), manifest.images.codec, manifest.images.size)
-        except FormatError as error:
-            yield error.located(member=reader.header.members[image].name)
-    for epoch in range(reader.epochs):
-        try:
-            reader.records(epoch)
-        except FormatError as error:
-            yield error
-    try:
-        reader.check_rest()
-    except FormatError as error:
-        yield error
-
-
-def _decode(data: bytes, codec: Codec, size: int) -> None:
-    """Decode an image; its header must state the manifest's codec and size before any pixel is decoded."""
-    try:
-        with Image.open(io.BytesIO(data), formats=(codec.upper(),)) as image:
-            if image.size != (size, size):
-                raise FormatError(f"image is {image.size[0]}x{image.size[1]}, expected {size}x{size} (manifest)")
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise FormatError(f"is not a whole {codec} image: {error}") from None
+        yield from _image_errors(reader, manifest)
+        yield from _record_errors(reader)
+        yield from unread_faults(reader)
 
 
 def _repetition_errors(reader: ShardReader, name: str, owners: dict[int, str]) -> Iterator[FormatError]:
@@ -102,3 +94,50 @@ def _repetition_errors(reader: ShardReader, name: str, owners: dict[int, str]) -
         if owners.setdefault(number, name) != name:
             member = reader.header.members[image].name
             yield FormatError(f"image {number} is in {owners[number]} already, expected once", member=member)
+
+
+def _image_errors(reader: ShardReader, manifest: Manifest) -> Iterator[FormatError]:
+    for image in range(reader.images):
+        try:
+            check_image(reader.image_bytes(image), manifest.images.codec, manifest.images.size)
+        except FormatError as error:
+            yield error.located(member=reader.header.members[image].name)
+
+
+def _record_errors(reader: ShardReader) -> Iterator[FormatError]:
+    """One fault a block: the epochs of a block share what is wrong with it."""
+    last = None
+    for epoch in range(reader.epochs):
+        try:
+            reader.records(epoch)
+        except FormatError as error:
+            if error.offset != last:
+                yield error
+            last = error.offset
+
+
+def unread_faults(reader: ShardReader) -> Iterator[FormatError]:
+    """What reading images and records leaves out: the record member's own checksum, and all padding."""
+    records = reader.header.members[-1]
+    with closing(PositionedFile(reader.path)) as file:
+        header_size = tar.stated_size(file.read(0, tar.BLOCK, HEADER_NAME))
+        offsets = reader.header.offsets(tar.BLOCK + tar.padded(header_size)).tolist()
+        crc, start = 0, offsets[-2] + tar.BLOCK
+        for offset in range(start, start + records.size, _CHUNK):
+            crc = zlib.crc32(file.read(offset, min(_CHUNK, start + records.size - offset), records.name), crc)
+        if crc != records.crc32:
+            reason = f"crc32 {crc:08x}, expected {records.crc32:08x}: the bytes are damaged"
+            yield FormatError(reason, member=records.name, offset=start)
+        sizes = [header_size, *(member.size for member in reader.header.members)]
+        names = [HEADER_NAME, *(member.name for member in reader.header.members)]
+        for name, size, offset in zip(names, sizes, [0, *offsets[:-1]], strict=True):
+            end = offset + tar.BLOCK + size
+            yield from _padding_errors(file, name, end, tar.padded(size) - size)
+        yield from _padding_errors(file, None, offsets[-1], len(tar.END))
+
+
+def _padding_errors(file: PositionedFile, member: str | None, offset: int, size: int) -> Iterator[FormatError]:
+    padding = file.read(offset, size, member)
+    set_bytes = len(padding.lstrip(b"\0"))
+    if set_bytes:
+        yield FormatError("padding is not all zeros", member=member, offset=offset + size - set_bytes)

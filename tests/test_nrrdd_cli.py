@@ -20,7 +20,10 @@ from benchmarks.teacher import TeacherConfig
 from builders import cli as build_cli
 from nrrdd_format.errors import ConfigError, OutputError
 
-VERBS = ("teacher", "student", "inspect", "verify", "preview")
+VERBS = (
+    *("teacher", "student", "preview", "inspect", "verify", "repair", "split", "merge", "reshard"),
+    *("export", "import-fkd"),
+)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from nrrdd_format.limits import MAX_HEADER_BYTES
 from nrrdd_format.pairs import RecordLayout
 from nrrdd_format.shard_header import HEADER_NAME, RECORDS_NAME, parse_image_name
 from nrrdd_format.shards import EncodedImage, ShardReader, file_sha256, shard_name, shard_number, write_shard
-from nrrdd_format.verify import verify_dataset
+from nrrdd_format.verify import unread_faults, verify_dataset
 
 LAYOUT = tiny_manifest().layout_for(7)
 
@@ -45,7 +45,8 @@ def read_all(path: Path, layout: RecordLayout = LAYOUT) -> None:
             reader.image_bytes(image)
         for epoch in range(reader.epochs):
             reader.records(epoch)
-        reader.check_rest()
+        for fault in unread_faults(reader):
+            raise fault.located(path=path)
 
 
 def members_of(path: Path) -> list[tuple[str, bytes]]:

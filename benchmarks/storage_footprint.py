@@ -155,7 +155,7 @@ def report(options: argparse.Namespace) -> int:
     if not options.datasets and options.preset is None:
         raise ConfigError(f"nothing to measure: name a dataset's folder, or say --preset {PRESET}")
     datasets = [open_dataset(path) for path in options.datasets]
-    measured = [measure_coded(dataset, coding) for dataset in datasets for coding in CODINGS]
+    measured = [measure_coded(dataset, coding) for dataset in datasets for coding in codings_of(dataset)]
     points = [] if options.accuracy is None else read_points(options.accuracy, datasets)
     samples = distance_samples()
     notes = NOTES
@@ -179,6 +179,12 @@ def report(options: argparse.Namespace) -> int:
     if options.out is not None:
         _write_results(options.out / f"{facts['date']}-storage", record, f"{text}\n\n{notes}", rows, points)
     return 0
+
+
+def codings_of(dataset: DistilledDataset) -> Sequence[Coding]:
+    """The codings a dataset is measured in: pairs that the format did not draw have no choice."""
+    coding = dataset.manifest.records.coding
+    return [coding] if coding == "verbatim" else CODINGS
 
 
 def measure_preset(sample: Path) -> Iterator[Measured]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from make_dataset import make_tiny_dataset
+from tiny_dataset import tiny_manifest, write_tiny
 
 from benchmarks import storage_footprint
 from benchmarks.fkd_store import FkdStore
@@ -99,6 +100,13 @@ def test_a_dataset_that_lost_a_shard_is_recoded_under_its_own_numbers(tmp_path: 
     (tmp_path / "recoded").mkdir()
     recode(open_dataset(path), "derived", tmp_path / "recoded")
     assert verify_dataset(tmp_path / "recoded") == []
+
+
+def test_foreign_pairs_are_measured_as_they_are(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "data", tiny_manifest(coding="verbatim"))
+    assert storage_footprint.main([str(path), "--json", str(tmp_path / "rows.json")]) == 0
+    names = [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]]
+    assert [name for name in names if name.startswith("tiny")] == ["tiny IPC 1, verbatim"]
 
 
 def _assert_equal(left: PairRecords, right: PairRecords) -> None:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, stdev
 from typing import Any
 
 import numpy as np
@@ -168,7 +168,8 @@ def measure_choices(options: argparse.Namespace) -> int:
     write_json(stem.with_suffix(".json"), facts | {"cells": [asdict(result) for result in results]})
     heading = f"# The choice of {setup.study}, on {setup.dataset}\n\n{provenance_text(facts)}"
     write_text(stem.with_suffix(".md"), f"{heading}\n{text}\n\n![top-1]({stem.name}.png)\n")
-    plot(stem.with_suffix(".png"), setup, results)
+    draw = plot_bytes if setup.study == "codecs" else plot
+    draw(stem.with_suffix(".png"), setup, results)
     return 0
 
 
@@ -309,6 +310,26 @@ def plot(path: Path, setup: Setup, results: Sequence[Result]) -> None:
     axis.set_yticks(range(len(variants)), [variant.name for variant in variants])
     axis.invert_yaxis()
     axis.set_xlabel(f"top-1 of a DBR student on {setup.dataset}, % (points: seeds; bars: means)")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
+def plot_bytes(path: Path, setup: Setup, results: Sequence[Result]) -> None:
+    """Writes a PNG: bytes an image against top-1, mean and standard deviation over seeds, a line for each codec."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    variants = STUDIES[setup.study]
+    for codec in dict.fromkeys(variant.build["image_codec"] for variant in variants):
+        here = [variant for variant in variants if variant.build["image_codec"] == codec]
+        sizes = [median(cell.bytes_images / cell.images for cell in _of(results, variant)) for variant in here]
+        tops = [_tops(results, variant) for variant in here]
+        errors = [stdev(each) if len(each) > 1 else 0.0 for each in tops]
+        axis.errorbar(sizes, [mean(each) for each in tops], yerr=errors, fmt="o-", capsize=2, label=codec)
+        for variant, size, each in zip(here, sizes, tops, strict=True):
+            text = str(variant.build.get("image_quality", "lossless"))
+            axis.annotate(text, (size, mean(each)), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axis.set(xlabel="bytes an image", ylabel=f"top-1 of a DBR student on {setup.dataset}, %")
+    axis.legend()
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=150)
 

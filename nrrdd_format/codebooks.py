@@ -129,7 +129,7 @@ def _mixup(rng: np.random.Generator, alpha: float) -> MixEntry:
     return float(np.clip(round(rng.beta(alpha, alpha) * LAM_STEPS), 1, LAM_STEPS - 1)) / LAM_STEPS
 
 
-def distance_levels(count: int = 16, high: float = 16.0, knee: float = 0.1) -> NDArray[np.float32]:
+def distance_levels(count: int = 16, high: float = 16.0, knee: float = 0.3) -> NDArray[np.float32]:
     """`count` distances in nats, float32, from 0 to `high`, equally spaced in log(1 + d / knee).
 
     Steps are nearly even below `knee`, where every one of them changes p = exp(-d), and grow with the distance above.

@@ -46,7 +46,7 @@ def test_replaced_distances_are_those_of_the_batch_s_own_pairs(tmp_path: Path) -
             assert torch.equal(batch.images, same.images)
 
 
-@pytest.mark.parametrize("study", ["distances", "mixes"])
+@pytest.mark.parametrize("study", ["distances", "mixes", "codecs"])
 def test_a_study_from_the_command_line(
     study: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.exact_distances import Distances
+from builders.config import BLOCK_PAIRS
 from nrrdd_format import draws
 from nrrdd_format.codebooks import Codebooks, distance_levels, mix_codebook, view_codebook
 from nrrdd_format.manifest import MANIFEST_NAME, DatasetInfo, ImagesInfo, Manifest, RecordsInfo, TeacherInfo
@@ -53,6 +54,13 @@ def write_model_shard(folder: Path, coding: Coding, sample: Distances, *, epochs
     return folder
 
 
+def block_bytes_per_pair(coding: Coding, sample: Distances, block_epochs: int, *, epochs: int, seed: int = 0) -> float:
+    """What record blocks of so many epochs take a pair, without tar headers and the block table."""
+    layout = replace(_manifest(coding, epochs, seed).layout_for(IMAGES), block_epochs=block_epochs)
+    blocks = encode_shard_records(_epochs(layout, sample, epochs, seed), layout, 0)
+    return sum(map(len, blocks)) / (epochs * layout.pairs)
+
+
 def _manifest(coding: Coding, epochs: int, seed: int) -> Manifest:
     """As `build-distilled --dataset imagenet --ipc 200` would write it, with the defaults of its options."""
     return Manifest(
@@ -71,7 +79,7 @@ def _manifest(coding: Coding, epochs: int, seed: int) -> Manifest:
             std=(0.229, 0.224, 0.225),
             flip=True,
         ),
-        records=RecordsInfo(coding=coding, epochs=epochs, seed=seed),
+        records=RecordsInfo(coding=coding, epochs=epochs, block_epochs=BLOCK_PAIRS // IMAGES, seed=seed),
         codebooks=Codebooks(
             views=view_codebook(seed, SIZE, (0.5, 1.0)),
             mixes=tuple(mix_codebook(seed, SIZE)),

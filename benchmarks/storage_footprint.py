@@ -34,7 +34,8 @@ from benchmarks.footprint import (
     recoded,
     soft_label_bytes,
 )
-from benchmarks.model_shard import write_model_shard
+from benchmarks.level_spacings import measure_spacings, spacing_table
+from benchmarks.model_shard import block_bytes_per_pair, write_model_shard
 from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
 from builders.models import create_model
 from builders.teacher import save_checkpoint
@@ -57,6 +58,8 @@ EPOCHS = 300
 CODINGS: tuple[Coding, ...] = ("explicit", "derived")
 LPLD_PRUNING = 40
 TIMED_EPOCHS = 100
+BLOCK_EPOCHS = (1, 5, 10, 20, 60)
+BLOCK_STUDY_EPOCHS = 60
 GIGABYTE = 1e9
 
 NOTES = """\
@@ -164,7 +167,16 @@ def report(options: argparse.Namespace) -> int:
         notes += preset_note(options.distances, samples)
     with one_of(datasets) as any_dataset:
         rows = [*label_rows(any_dataset), *(dataset_row(each) for each in measured)]
-    tables = [imagenet_table(rows), disk_table(measured), entropy_table(samples), accuracy_table(points)]
+    fits = measure_spacings(sorted(DISTANCES.glob("*.npy")))
+    blocks = {} if options.preset is None else block_sizes(options.distances)
+    tables = [
+        imagenet_table(rows),
+        disk_table(measured),
+        entropy_table(samples),
+        spacing_table(fits),
+        block_table(blocks),
+        accuracy_table(points),
+    ]
     text = "\n\n".join(table for table in tables if table)
     print(f"{text}\n\n{notes}")
     facts = provenance(MODULE, seeds=[0])
@@ -172,6 +184,8 @@ def report(options: argparse.Namespace) -> int:
         "rows": [row.as_json(rows[0]) for row in rows],
         "measured": [asdict(each) for each in measured],
         "distances": samples,
+        "spacings": [asdict(fit) for fit in fits],
+        "derived_bytes_per_pair_by_block_epochs": blocks,
         "points": [asdict(point) for point in points],
     }
     if options.json is not None:
@@ -349,6 +363,24 @@ def entropy_table(samples: Sequence[dict[str, Any]]) -> str:
         for facts in samples
     ]
     return markdown_table(header, lines) if lines else ""
+
+
+def block_sizes(sample: Path) -> dict[int, float]:
+    """Bytes a pair of derived record blocks by the number of epochs they hold."""
+    distances = load_sample(sample)
+    return {
+        count: block_bytes_per_pair("derived", distances, count, epochs=BLOCK_STUDY_EPOCHS) for count in BLOCK_EPOCHS
+    }
+
+
+def block_table(sizes: dict[int, float]) -> str:
+    """The same as a table; empty without any."""
+    header = ["epochs in a block", *map(str, sizes)]
+    return (
+        markdown_table(header, [["derived, bytes a pair", *(f"{size:.3f}" for size in sizes.values())]])
+        if sizes
+        else ""
+    )
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:

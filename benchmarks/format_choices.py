@@ -33,6 +33,7 @@ from loaders import DBRBatch, DBRLoader
 from loaders.order import all_cycles, epoch_order, stored_epoch
 from nrrdd_format.codebooks import distance_levels, quantize
 from nrrdd_format.dataset import open_dataset
+from nrrdd_format.errors import ConfigError
 from nrrdd_format.files import atomic_write
 from nrrdd_format.manifest import Manifest
 from nrrdd_format.shards import file_sha256
@@ -88,9 +89,12 @@ class Setup:
     """What all cells of a run have in common."""
 
     study: str
+    variants: tuple[Variant, ...]
     dataset: str
     data_dir: Path | None
     test_dir: Path | None
+    classes: tuple[str, ...] | None
+    size: int | None
     teacher_checkpoint: Path
     out: Path
     ipc: int
@@ -131,7 +135,10 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--study", choices=tuple(STUDIES), required=True, help="what is chosen")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these, the first to compare with (all)")
     add_source(parser, default="cifar10")
+    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="only these classes (names or WNIDs)")
+    parser.add_argument("--size", type=int, metavar="PX", help="side of the images; imagefolder only")
     parser.add_argument("--teacher-checkpoint", type=Path, required=True, metavar="FILE", help="a trained teacher")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="keeps datasets and results")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"for the report ({RESULTS})")
@@ -145,12 +152,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 def measure_choices(options: argparse.Namespace) -> int:
     """Runs the study's cells, prints the table and writes the report; returns the exit status."""
-    source = load_source(options.source, data_dir=options.data_dir, test_dir=options.test_dir)
+    source = load_source(
+        options.source, data_dir=options.data_dir, test_dir=options.test_dir, classes=options.classes, size=options.size
+    )
     setup = Setup(
         study=options.study,
+        variants=chosen_variants(options.study, options.variants),
         dataset=options.source,
         data_dir=options.data_dir,
         test_dir=options.test_dir,
+        classes=None if options.classes is None else tuple(options.classes),
+        size=options.size,
         teacher_checkpoint=options.teacher_checkpoint,
         out=options.out,
         ipc=options.ipc,
@@ -163,21 +175,31 @@ def measure_choices(options: argparse.Namespace) -> int:
     text = report(setup, results)
     print(f"\n{text}")
     facts = provenance(MODULE, seeds=setup.seeds)
-    stem = options.results / f"{facts['date']}-choice-of-{setup.study}-{setup.dataset}"
+    name = f"{setup.dataset}-{len(source.class_names)}"
+    stem = options.results / f"{facts['date']}-choice-of-{setup.study}-{name}"
     make_folder(stem.parent)
     write_json(stem.with_suffix(".json"), facts | {"cells": [asdict(result) for result in results]})
-    heading = f"# The choice of {setup.study}, on {setup.dataset}\n\n{provenance_text(facts)}"
+    title = f"# The choice of {setup.study}, on {len(source.class_names)} classes of {setup.dataset}"
+    heading = f"{title}\n\n{provenance_text(facts)}"
     write_text(stem.with_suffix(".md"), f"{heading}\n{text}\n\n![top-1]({stem.name}.png)\n")
     draw = plot_bytes if setup.study == "codecs" else plot
     draw(stem.with_suffix(".png"), setup, results)
     return 0
 
 
+def chosen_variants(study: str, names: Sequence[str] | None) -> tuple[Variant, ...]:
+    """The study's variants of these names (None: all), in the order given. Raises ConfigError for an unknown name."""
+    known = {variant.name: variant for variant in STUDIES[study]}
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise ConfigError(f"--variants: found {unknown[0]!r}, expected some of {', '.join(map(repr, known))}")
+    return tuple(known[name] for name in names or known)
+
+
 def run_cells(setup: Setup, source: Source) -> Iterator[Result]:
     """All cells, seed by seed, each read where it is there already."""
-    variants = STUDIES[setup.study]
     for seed in setup.seeds:
-        for variant in variants:
+        for variant in setup.variants:
             result = run_cell(setup, source, variant, seed)
             print(f"seed {seed}, {variant.name}: top-1 {result.top1:.2%}", flush=True)
             yield result
@@ -227,6 +249,8 @@ def _build_config(setup: Setup, variant: Variant, seed: int, out: Path) -> Build
         dataset=setup.dataset,
         data_dir=setup.data_dir,
         test_dir=setup.test_dir,
+        classes=setup.classes,
+        size=setup.size,
         out=out,
         work_dir=setup.out / "work" / f"seed{seed}",
         ipc=setup.ipc,
@@ -277,7 +301,7 @@ class ReplacedDistances:
 
 def report(setup: Setup, results: Sequence[Result]) -> str:
     """What was measured, as Markdown: every variant against the first."""
-    rows = [_row(variant, STUDIES[setup.study][0], results) for variant in STUDIES[setup.study]]
+    rows = [_row(variant, setup.variants[0], results) for variant in setup.variants]
     header = ["variant", "top-1 %", "against the first", "bytes an image", "label bytes a pair"]
     intro = (
         f"{setup.ipc} whole random real images per class of {setup.dataset}, student {setup.student} on DBR labels, "
@@ -300,7 +324,7 @@ def _row(variant: Variant, first: Variant, results: Sequence[Result]) -> list[st
 
 def plot(path: Path, setup: Setup, results: Sequence[Result]) -> None:
     """Writes a PNG: top-1 of every variant, one point a seed, and the means."""
-    variants = STUDIES[setup.study]
+    variants = setup.variants
     figure = Figure(figsize=(7, 0.4 * len(variants) + 1.2), layout="constrained")
     axis = figure.subplots()
     for row, variant in enumerate(variants):
@@ -318,7 +342,7 @@ def plot_bytes(path: Path, setup: Setup, results: Sequence[Result]) -> None:
     """Writes a PNG: bytes an image against top-1, mean and standard deviation over seeds, a line for each codec."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    variants = STUDIES[setup.study]
+    variants = setup.variants
     for codec in dict.fromkeys(variant.build["image_codec"] for variant in variants):
         here = [variant for variant in variants if variant.build["image_codec"] == codec]
         sizes = [median(cell.bytes_images / cell.images for cell in _of(results, variant)) for variant in here]

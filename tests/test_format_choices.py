@@ -11,7 +11,7 @@ import torch
 from make_dataset import make_tiny_dataset
 
 from benchmarks import format_choices
-from benchmarks.format_choices import STUDIES, ReplacedDistances, Result, Setup
+from benchmarks.format_choices import STUDIES, ReplacedDistances, Result, Setup, chosen_variants
 from benchmarks.teacher import TeacherConfig, train_and_save
 from builders.sources import load_source
 from loaders import DBRLoader
@@ -56,7 +56,7 @@ def test_a_study_from_the_command_line(
         f"--seeds 0 1 --out {tmp_path / 'out'} --results {tmp_path / 'results'} --device cpu"
     ).split()
     assert format_choices.main(arguments) == 0
-    (path,) = (tmp_path / "results").glob(f"*-choice-of-{study}-digits.json")
+    (path,) = (tmp_path / "results").glob(f"*-choice-of-{study}-digits-10.json")
     record = json.loads(path.read_text())
     assert len(record["cells"]) == 6 and record["seeds"] == [0, 1]
     assert all(cell["images"] == 10 and cell["pairs"] == 20 and cell["bytes_labels"] > 0 for cell in record["cells"])
@@ -65,6 +65,13 @@ def test_a_study_from_the_command_line(
     assert path.with_suffix(".png").stat().st_size > 0
     monkeypatch.setattr(format_choices, "train_student", None)  # every cell is kept
     assert format_choices.main(arguments) == 0
+
+
+def test_variants_are_chosen_by_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert [variant.name for variant in chosen_variants("distances", ["3 bits", "fp32"])] == ["3 bits", "fp32"]
+    arguments = f"--study distances --dataset digits --teacher-checkpoint t.pt --out {tmp_path} --variants fp32".split()
+    assert format_choices.main([*arguments, "9 bits"]) == 2
+    assert "--variants: found '9 bits', expected some of 'fp32'" in capsys.readouterr().err
 
 
 def test_rounding_loses_more_with_fewer_bits() -> None:
@@ -77,9 +84,12 @@ def test_rounding_loses_more_with_fewer_bits() -> None:
 def test_each_variant_stands_beside_the_first_of_its_seed() -> None:
     setup = Setup(
         study="mixes",
+        variants=chosen_variants("mixes", None),
         dataset="digits",
         data_dir=None,
         test_dir=None,
+        classes=None,
+        size=None,
         teacher_checkpoint=Path("t"),
         out=Path("o"),
         ipc=1,

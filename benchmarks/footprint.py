@@ -195,7 +195,7 @@ def _recode_shard(shard: ShardReader, layout: RecordLayout, epochs: int, path: P
         shard=shard.shard,
         images=images,
         extension=extension,
-        blocks=encode_shard_records(map(shard.records, range(epochs)), layout, shard.shard),
+        blocks=encode_shard_records(shard.all_records(), layout, shard.shard),
         epochs=epochs,
         layout=layout,
     )

@@ -34,7 +34,7 @@ def check_image(data: bytes, codec: Codec, size: int) -> None:
             if image.size == (size, size):
                 image.load()
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
-        raise FormatError(f"is not a whole {codec} image: {error}") from None
+        raise FormatError(f"is not a whole {codec} image: {decoder_words(error)}") from None
     if image.size != (size, size):
         raise FormatError(f"image is {image.size[0]}x{image.size[1]}, expected {size}x{size} (manifest)")
     try:
@@ -45,6 +45,11 @@ def check_image(data: bytes, codec: Codec, size: int) -> None:
         raise FormatError(f"is not a whole {codec} image: {_MISSING[codec]}")
     if end != len(data):
         raise FormatError(f"is not a whole {codec} image: its end is at byte {end}, expected {len(data)} (member size)")
+
+
+def decoder_words(error: Exception) -> str:
+    """What a decoder says, without the name of the object it was given."""
+    return re.sub(r" *<[^<>]*>", "", str(error).partition("\n")[0]) or type(error).__name__
 
 
 _MISSING = {

@@ -104,8 +104,8 @@ class _Sums:
     def add(self, reader: ShardReader, table: NDArray[np.float32]) -> None:
         self.images += np.bincount(reader.labels, minlength=len(self.images))
         self.image_bytes += sum(member.size for member in reader.header.members[:-1])
-        for epoch, one in enumerate(self.epochs):
-            one.add(reader.records(epoch), reader.labels, table)
+        for one, records in zip(self.epochs, reader.all_records(), strict=False):
+            one.add(records, reader.labels, table)
 
 
 def _summary(m: Manifest) -> dict[str, Any]:

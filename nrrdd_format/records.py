@@ -7,7 +7,7 @@ code.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -50,30 +50,51 @@ def encode_block(epochs: Sequence[PairRecords], layout: RecordLayout, *, shard: 
     return _compress(packed, _join_levels(org, aug, len(layout.levels)))
 
 
-def decode_epoch(block: bytes, layout: RecordLayout, *, shard: int, epoch: int, epochs: int) -> PairRecords:
-    """One epoch's pairs from the block that holds it.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Block:
+    """A decompressed block; made by `open_block`."""
+
+    layout: RecordLayout
+    shard: int
+    first_epoch: int
+    packed: NDArray[np.uint8]  # (K, bytes of an epoch's packed fields)
+    levels: NDArray[np.uint8]  # (K, P, 1 or 2)
+
+    def epoch(self, epoch: int) -> PairRecords:
+        """The pairs of this stored epoch, which the block holds. Raises FormatError for a field out of its range."""
+        here, table = epoch - self.first_epoch, self.layout.levels
+        if self.layout.coding == "derived":
+            records = draw_pairs(self.layout, self.shard, epoch)
+        else:
+            records = unpack_fields(self.packed[here], self.layout)
+        org, aug = _split_levels(self.levels[here], len(table))
+        return replace(records, distance_org=table[org], distance_aug=table[aug])
+
+
+def open_block(data: bytes, layout: RecordLayout, *, shard: int, number: int, epochs: int) -> Block:
+    """Decompresses a block made by `encode_block`.
 
     Args:
-        block: as made by `encode_block`.
+        data: the block.
         layout: of the shard.
         shard: its number.
-        epoch: the stored epoch asked for.
+        number: the block's, from 0.
         epochs: how many the shard stores: they say how many the last block holds.
 
     Raises:
         FormatError: however the bytes are wrong.
     """
-    first = epoch - epoch % layout.block_epochs
+    first = number * layout.block_epochs
     count = min(layout.block_epochs, epochs - first)
-    content = np.frombuffer(decompress(block, content_bytes(layout, count), "record block"), np.uint8)
+    content = np.frombuffer(decompress(data, content_bytes(layout, count), "record block"), np.uint8)
     packed, levels = np.split(content, [count * packed_bytes(layout)])
-    here = epoch - first
-    if layout.coding == "derived":
-        records = draw_pairs(layout, shard, epoch)
-    else:
-        records = unpack_fields(packed.reshape(count, -1)[here], layout)
-    org, aug = _split_levels(levels.reshape(count, layout.pairs, -1)[here], len(layout.levels))
-    return replace(records, distance_org=layout.levels[org], distance_aug=layout.levels[aug])
+    return Block(
+        layout=layout,
+        shard=shard,
+        first_epoch=first,
+        packed=packed.reshape(count, -1),
+        levels=levels.reshape(count, layout.pairs, -1),
+    )
 
 
 def content_bytes(layout: RecordLayout, epochs: int) -> int:

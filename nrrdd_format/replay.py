@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from nrrdd_format.errors import FormatError
+from nrrdd_format.image_file import decoder_words
 from nrrdd_format.pairs import PairRecords
 
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP")
@@ -47,7 +48,8 @@ def decode_image(data: bytes, size: int) -> Tensor:
         if picture.size == (size, size):
             return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
-        raise FormatError(f"not a readable JPEG, PNG or WebP image ({error}); fetch the file again") from error
+        found = decoder_words(error)
+        raise FormatError(f"not a readable JPEG, PNG or WebP image ({found}); fetch the file again") from error
     width, height = picture.size
     raise FormatError(f"image of {width}x{height} pixels, expected {size}x{size} as in the manifest")
 

@@ -129,7 +129,7 @@ def _join(source: Path, before: Manifest, after: Manifest, group: range, folder:
         shard=shard,
         images=images,
         extension=CODEC_EXTENSIONS[before.images.codec],
-        blocks=encode_shard_records(_joined_epochs(readers, epochs), layout, shard),
+        blocks=encode_shard_records(_joined_epochs(readers), layout, shard),
         epochs=epochs,
         layout=layout,
     )
@@ -140,12 +140,10 @@ def _images(reader: ShardReader) -> Iterator[EncodedImage]:
         yield EncodedImage(index=index, label=label, data=reader.image_bytes(image))
 
 
-def _joined_epochs(readers: Sequence[ShardReader], epochs: int) -> Iterator[PairRecords]:
+def _joined_epochs(readers: Sequence[ShardReader]) -> Iterator[PairRecords]:
     shifts = np.cumsum([0, *(reader.images for reader in readers)])
-    for epoch in range(epochs):
-        yield _concatenate(
-            [_shifted(reader.records(epoch), shift) for reader, shift in zip(readers, shifts, strict=False)]
-        )
+    for parts in zip(*(reader.all_records() for reader in readers), strict=True):
+        yield _concatenate([_shifted(records, shift) for records, shift in zip(parts, shifts, strict=False)])
 
 
 def _shifted(records: PairRecords, shift: int) -> PairRecords:

@@ -6,8 +6,9 @@ import hashlib
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,7 +22,7 @@ from nrrdd_format.frames import PREFIX, payload_length
 from nrrdd_format.limits import MAX_EPOCHS, MAX_IMAGE_BYTES, MAX_SHARDS
 from nrrdd_format.pairs import PairRecords, RecordLayout
 from nrrdd_format.pread import PositionedFile
-from nrrdd_format.records import block_count, decode_epoch, max_block_bytes
+from nrrdd_format.records import block_count, max_block_bytes, open_block
 from nrrdd_format.shard_header import (
     EXTENSIONS,
     HEADER_NAME,
@@ -202,20 +203,41 @@ class ShardReader:
         self._check_crc(zlib.crc32(data), member, offset + tar.BLOCK)
         return data
 
+    @property
+    def blocks(self) -> int:
+        """Number of record blocks, whose table is read and checked."""
+        return len(self._load_records_head()[0].blocks)
+
     def records(self, epoch: int) -> PairRecords:
         """The pairs of one epoch, P of them."""
         if not 0 <= epoch < self.epochs:
             raise IndexError(f"{self.path}: epoch {epoch}, expected 0..{self.epochs - 1}")
+        (records,) = self._read_block(epoch // self.layout.block_epochs, range(epoch, epoch + 1))
+        return records
+
+    def block_records(self, number: int) -> Iterator[PairRecords]:
+        """The pairs of every epoch of one record block, which is decompressed once."""
+        first = number * self.layout.block_epochs
+        return self._read_block(number, range(first, min(first + self.layout.block_epochs, self.epochs)))
+
+    def all_records(self) -> Iterator[PairRecords]:
+        """The pairs of every epoch, in order."""
+        return chain.from_iterable(map(self.block_records, range(self.blocks)))
+
+    def _read_block(self, number: int, epochs: range) -> Iterator[PairRecords]:
         head, start = self._load_records_head()
-        number = epoch // self.layout.block_epochs
         offset = start + sum(head.blocks[:number])
-        block = self._file.read(offset, head.blocks[number], RECORDS_NAME)
+        data = self._file.read(offset, head.blocks[number], RECORDS_NAME)
+        where = f"block {number}"
         try:
-            if zlib.crc32(block) != head.crcs[number]:
-                raise FormatError(f"crc32 {zlib.crc32(block):08x}, expected {head.crcs[number]:08x}")
-            return decode_epoch(block, self.layout, shard=self.shard, epoch=epoch, epochs=self.epochs)
+            if zlib.crc32(data) != head.crcs[number]:
+                raise FormatError(f"crc32 {zlib.crc32(data):08x}, expected {head.crcs[number]:08x}")
+            block = open_block(data, self.layout, shard=self.shard, number=number, epochs=self.epochs)
+            for epoch in epochs:
+                where = f"block {number}, epoch {epoch}"
+                yield block.epoch(epoch)
         except FormatError as error:
-            reason = f"block {number}, epoch {epoch}: {error.reason}"
+            reason = f"{where}: {error.reason}"
             raise FormatError(reason, path=self.path, member=RECORDS_NAME, offset=offset) from None
 
     def close(self) -> None:

@@ -106,14 +106,17 @@ def _image_errors(reader: ShardReader, manifest: Manifest) -> Iterator[FormatErr
 
 def _record_errors(reader: ShardReader) -> Iterator[FormatError]:
     """One fault a block: the epochs of a block share what is wrong with it."""
-    last = None
-    for epoch in range(reader.epochs):
+    try:
+        blocks = reader.blocks
+    except FormatError as error:
+        yield error
+        return
+    for number in range(blocks):
         try:
-            reader.records(epoch)
+            for _ in reader.block_records(number):
+                pass
         except FormatError as error:
-            if error.offset != last:
-                yield error
-            last = error.offset
+            yield error
 
 
 def unread_faults(reader: ShardReader) -> Iterator[FormatError]:

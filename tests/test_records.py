@@ -24,7 +24,7 @@ from nrrdd_format.codebooks import (
 )
 from nrrdd_format.errors import ConfigError, FormatError
 from nrrdd_format.pairs import Coding, PairDraws, PairRecords, RecordLayout, cycle_bounds, draw_pairs, expand
-from nrrdd_format.records import block_count, decode_epoch, encode_block, encode_shard_records, max_block_bytes
+from nrrdd_format.records import block_count, encode_block, encode_shard_records, max_block_bytes, open_block
 
 CODINGS: tuple[Coding, ...] = ("explicit", "derived", "verbatim")
 
@@ -68,7 +68,7 @@ def encode(records: PairRecords, layout: RecordLayout) -> bytes:
 
 
 def decode(block: bytes, layout: RecordLayout) -> PairRecords:
-    return decode_epoch(block, layout, shard=0, epoch=0, epochs=1)
+    return open_block(block, layout, shard=0, number=0, epochs=1).epoch(0)
 
 
 def assert_same(a: PairRecords, b: PairRecords) -> None:
@@ -202,8 +202,9 @@ def test_blocks_round_trip(layout: RecordLayout, epochs: int, step: int) -> None
     assert len(blocks) == block_count(layout, epochs)
     assert max(map(len, blocks)) <= max_block_bytes(layout)
     for epoch in range(epochs):
-        block = blocks[epoch // layout.block_epochs]
-        assert_same(decode_epoch(block, layout, shard=0, epoch=epoch, epochs=epochs), records[epoch])
+        number = epoch // layout.block_epochs
+        block = open_block(blocks[number], layout, shard=0, number=number, epochs=epochs)
+        assert_same(block.epoch(epoch), records[epoch])
 
 
 @given(st.permutations(range(12)), st.lists(st.integers(0, 5), min_size=12, max_size=12))
@@ -316,7 +317,7 @@ def test_truncated_and_extended_blocks_are_refused() -> None:
 def test_a_block_of_fewer_epochs_than_it_should_hold_is_refused() -> None:
     layout = make_layout()
     with pytest.raises(FormatError, match="states 18 bytes of content, expected 36"):
-        decode_epoch(encode(some_pairs(layout), layout), layout, shard=0, epoch=0, epochs=2)
+        open_block(encode(some_pairs(layout), layout), layout, shard=0, number=0, epochs=2)
 
 
 def test_blocks_over_the_limit_are_refused_before_they_are_read() -> None:

@@ -11,6 +11,7 @@ from nrrdd_format.errors import FormatError
 from nrrdd_format.limits import MAX_TEXT
 
 T = TypeVar("T")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape them alone, UTF-8 cannot hold them
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -138,4 +139,4 @@ def is_number(value: Any, low: float, high: float) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and 1 <= len(value) <= MAX_TEXT
+    return isinstance(value, str) and 1 <= len(value) <= MAX_TEXT and not _SURROGATE.search(value)

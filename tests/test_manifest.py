@@ -87,6 +87,7 @@ FAULTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda c: c["dataset"].pop("name"), r"dataset\.name is missing"),
     (put("dataset.name", ""), r"dataset\.name is ''"),
     (put("dataset.name", "x" * 4097), r"dataset\.name"),
+    (put("dataset.name", "a\ud800"), r"dataset\.name"),
     (put("dataset.class_names", []), r"dataset\.class_names"),
     (put("dataset.class_names", ["a", 3]), r"dataset\.class_names\[1\] is 3"),
     (put("dataset.wnids", ["n1"]), r"dataset\.wnids has 1 entries, expected 3"),

@@ -16,13 +16,14 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.footprint import measure_as, soft_label_bytes
-from benchmarks.grid import image_kind
+from benchmarks.grid import ImageKind, image_kind
 from benchmarks.results_io import markdown_table
 from benchmarks.spread import spread
 from builders.assembly import METHOD
 from nrrdd_format.dataset import DistilledDataset
 from nrrdd_format.errors import ConfigError
 from nrrdd_format.files import atomic_write
+from nrrdd_format.manifest import Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +58,7 @@ def read_points(path: Path, datasets: Sequence[DistilledDataset]) -> list[Point]
 
 def _points(cells: Sequence[dict[str, Any]], dataset: DistilledDataset) -> Iterator[Point]:
     manifest = dataset.manifest
-    if manifest.method.get("name") != METHOD:
-        return  # not built here: no student of the accuracy benchmark has seen it
-    key = {"dataset": manifest.dataset.name, "ipc": manifest.images.ipc, "images": image_kind(manifest.method)}
+    key = {"dataset": manifest.dataset.name, "ipc": manifest.images.ipc, "images": built_kind(manifest)}
     here = [cell for cell in cells if all(cell[name] == value for name, value in key.items())]
     if not here:
         return
@@ -75,7 +74,18 @@ def _points(cells: Sequence[dict[str, Any]], dataset: DistilledDataset) -> Itera
     for labels, name, size in stored:
         tops = tuple(100 * cell["top1"] for cell in here if cell["labels"] == labels)
         if tops:
-            yield Point(images="{dataset} IPC {ipc}, {images}".format(**key), labels=name, bytes=size, top1=tops)
+            yield Point(images=title(manifest), labels=name, bytes=size, top1=tops)
+
+
+def built_kind(manifest: Manifest) -> ImageKind | None:
+    """The kind of images; None of a dataset that was not built here, so that no student here has seen it."""
+    return image_kind(manifest.method) if manifest.method.get("name") == METHOD else None
+
+
+def title(manifest: Manifest) -> str:
+    """A dataset's name, images per class and kind of images."""
+    kind = built_kind(manifest)
+    return f"{manifest.dataset.name} IPC {manifest.images.ipc}" + (f", {kind}" if kind else "")
 
 
 def accuracy_table(points: Sequence[Point]) -> str:
@@ -105,6 +115,7 @@ def plot_points(path: Path, points: Sequence[Point]) -> None:
                 fontsize=7,
                 color=line.get_color(),
             )
+    axis.margins(x=0.15)
     axis.set(xscale="log", xlabel="bytes of labels (one-hot: none)", ylabel="student top-1, %")
     axis.legend(fontsize=8)
     with atomic_write(path) as file:

@@ -21,7 +21,7 @@ from typing import Any, get_args
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.bytes_and_accuracy import Point, accuracy_table, plot_points, read_points
+from benchmarks.bytes_and_accuracy import Point, accuracy_table, plot_points, read_points, title
 from benchmarks.command import run
 from benchmarks.exact_distances import joint_entropy, load_sample
 from benchmarks.fkd_store import Form
@@ -280,7 +280,7 @@ def measure_coded(dataset: DistilledDataset, coding: Coding) -> Measured:
     manifest = dataset.manifest
     with recoded(dataset, coding) as coded:
         return Measured(
-            name=f"{manifest.dataset.name} IPC {manifest.images.ipc}, {coding}",
+            name=f"{title(manifest)}, {coding}",
             classes=len(manifest.dataset.class_names),
             images_per_shard=manifest.shards[0].images,
             footprint=measure(coded),

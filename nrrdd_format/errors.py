@@ -7,6 +7,16 @@ it helps, what to do. Command-line tools print it as `error: ...` and exit with 
 from __future__ import annotations
 
 import os
+import reprlib
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, 60, 60
+
+
+def shown(value: object) -> str:
+    """A value of any kind and size as a message shows it: one line of at most 60 characters."""
+    text = _REPR.repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class NrrddError(Exception):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from nrrdd_format.errors import FormatError
+from nrrdd_format.errors import FormatError, shown
 from nrrdd_format.limits import MAX_TEXT
 
 T = TypeVar("T")
@@ -33,8 +34,8 @@ def _no_constant(name: str) -> None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} appears twice")
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"key {shown(name)} appears twice")
     return result
 
 
@@ -125,8 +126,7 @@ class Fields:
         return default
 
     def _note(self, key: str, value: object, expected: str) -> None:
-        found = f"a list of {len(value)}" if isinstance(value, list) else repr(value)
-        found = found if len(found) <= 60 else found[:57] + "..."
+        found = f"a list of {len(value)}" if isinstance(value, list) else shown(value)
         self.problems.append(f"{self._at(key)} is {found}, expected {expected}")
 
     def _at(self, key: str) -> str:

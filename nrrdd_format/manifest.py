@@ -13,7 +13,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 
 from nrrdd_format.codebooks import LAM_STEPS, Codebooks, MixEntry, MixKind
-from nrrdd_format.errors import FormatError
+from nrrdd_format.errors import FormatError, shown
 from nrrdd_format.files import atomic_write
 from nrrdd_format.json_checks import Fields, is_number, parse_json
 from nrrdd_format.limits import (
@@ -206,10 +206,10 @@ def _summary(problems: Sequence[str]) -> str:
 def _check_version(content: dict[str, Any]) -> None:
     """Refuse other formats and major versions before looking at anything else, since the rest may differ."""
     if content.get("format") != FORMAT:
-        raise FormatError(f"format is {content.get('format')!r:.60}, expected {FORMAT!r}")
+        raise FormatError(f"format is {shown(content.get('format'))}, expected {FORMAT!r}")
     version = content.get("version")
     if not isinstance(version, list) or len(version) != 2 or not all(type(v) is int for v in version):
-        raise FormatError(f"version is {version!r:.60}, expected [major, minor]")
+        raise FormatError(f"version is {shown(version)}, expected [major, minor]")
     if version[0] != VERSION[0]:
         found = f"{version[0]}.{version[1]}"
         raise FormatError(f"version is {found}, this reader knows {VERSION[0]}.x: use a newer nrrdd to read it")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nrrdd_format import tar
-from nrrdd_format.errors import FormatError
+from nrrdd_format.errors import FormatError, shown
 from nrrdd_format.frames import pack_frame, unpack_frame
 from nrrdd_format.limits import (
     MAX_EPOCHS,
@@ -63,7 +63,7 @@ class ShardHeader:
         """Check and read the content of the header member. Raises FormatError."""
         content = unpack_frame(data)
         if content.get("format") != FORMAT:
-            raise FormatError(f"format is {content.get('format')!r}, expected {FORMAT!r}")
+            raise FormatError(f"format is {shown(content.get('format'))}, expected {FORMAT!r}")
         _check_version(content.get("version"))
         rows = _list(content, "members", 3, MAX_IMAGES + 1)
         images = _check_images(tuple(map(_image_member, rows[:-1])))
@@ -113,7 +113,7 @@ def parse_image_name(name: str) -> tuple[int, int]:
     """(index, label) of an image member. Raises FormatError for a name of another form."""
     match = _IMAGE_NAME.fullmatch(name)
     if match is None or name != image_name(int(match[1]), int(match[2]), match[3]) or match[3] not in EXTENSIONS:
-        raise FormatError(f"member name {name!r}, expected <7-digit index>_c<5-digit label>.<jpg|png|webp>")
+        raise FormatError(f"member name {shown(name)}, expected <7-digit index>_c<5-digit label>.<jpg|png|webp>")
     return int(match[1]), int(match[2])
 
 
@@ -121,13 +121,13 @@ def bounded(value: object, name: str, low: int, high: int) -> int:
     """`value` if it is an integer in [low, high]; FormatError otherwise."""
     if type(value) is not int or not low <= value <= high:
         expected = str(low) if low == high else f"{low}..{high}"
-        raise FormatError(f"{name} is {_short(value)}, expected {expected}")
+        raise FormatError(f"{name} is {shown(value)}, expected {expected}")
     return value
 
 
 def _check_version(version: object) -> None:
     if not isinstance(version, list) or len(version) != 2 or not all(type(v) is int for v in version):
-        raise FormatError(f"version is {_short(version)}, expected [major, minor]")
+        raise FormatError(f"version is {shown(version)}, expected [major, minor]")
     if version[0] != VERSION[0]:
         found = f"{version[0]}.{version[1]}"
         raise FormatError(f"version is {found}, this reader knows {VERSION[0]}.x: use a newer nrrdd to read it")
@@ -136,7 +136,7 @@ def _check_version(version: object) -> None:
 def _list(content: dict[str, Any], key: str, low: int, high: int) -> list[Any]:
     value = content.get(key)
     if not isinstance(value, list) or not low <= len(value) <= high:
-        found = f"{len(value)} entries" if isinstance(value, list) else _short(value)
+        found = f"{len(value)} entries" if isinstance(value, list) else shown(value)
         raise FormatError(f"{key}: {found}, expected a list of {low if low == high else f'{low}..{high}'} entries")
     return value
 
@@ -150,16 +150,11 @@ def _image_member(row: object) -> Member:
 
 def _member(row: object, name: str | None, limit: int) -> Member:
     if not isinstance(row, list) or len(row) != 3 or not isinstance(row[0], str):
-        raise FormatError(f"member table row {_short(row)}, expected [name, size, crc32]")
+        raise FormatError(f"member table row {shown(row)}, expected [name, size, crc32]")
     if name is not None and row[0] != name:
-        raise FormatError(f"last member is {_short(row[0])}, expected {name!r}")
-    size = bounded(row[1], f"size of {_short(row[0])}", 1, limit)
-    return Member(name=row[0], size=size, crc32=bounded(row[2], f"crc32 of {_short(row[0])}", 0, 2**32 - 1))
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        raise FormatError(f"last member is {shown(row[0])}, expected {name!r}")
+    size = bounded(row[1], f"size of {shown(row[0])}", 1, limit)
+    return Member(name=row[0], size=size, crc32=bounded(row[2], f"crc32 of {shown(row[0])}", 0, 2**32 - 1))
 
 
 def _check_images(members: tuple[Member, ...]) -> tuple[Member, ...]:

@@ -76,6 +76,14 @@ def test_layout_carries_the_tables(content: dict[str, Any]) -> None:
     assert views.tolist() == content["codebooks"]["views"]
 
 
+def test_a_key_that_is_there_twice_among_very_many_is_found_at_once(content: dict[str, Any]) -> None:
+    """Quadratic in the number of keys, it would take minutes."""
+    many = ",".join(f'"key {k}": 0' for k in range(300_000))
+    text = json.dumps(content)[:-1] + f', "method": {{{many}, "twice": 1, "twice": 2}}}}'
+    with pytest.raises(FormatError, match="key 'twice' appears twice"):
+        Manifest.decode(text.encode())
+
+
 FAULTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (put("format", "zarr"), "format is 'zarr', expected 'nrrdd'"),
     (put("version", [2, 0]), r"version is 2\.0, this reader knows 1\.x"),

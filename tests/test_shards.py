@@ -301,6 +301,15 @@ def test_hostile_compression_is_refused(payload: bytes, message: str) -> None:
         unpack_frame(framed(payload))
 
 
+def test_deep_nesting_has_a_short_message(shard: Path) -> None:
+    deep: list[Any] = []
+    for _ in range(400):
+        deep = [deep]
+    rewrite(shard, header=lambda content: content.update(shard=deep))
+    with pytest.raises(FormatError, match=r"shard is \[\[\[\[\.\.\.\]\]\]\], expected 0\.\.65535"):
+        ShardReader(shard, None, LAYOUT)
+
+
 @pytest.mark.parametrize(("empty", "message"), [(b"\x90", "more than 262152 lists"), (b"\x80", "more than 8 maps")])
 def test_millions_of_empty_containers_are_refused(empty: bytes, message: str) -> None:
     """Each takes a byte here and sixty in memory."""

@@ -64,13 +64,27 @@ def _unpack_map(packed: bytes) -> dict[str, Any]:
             max_map_len=64,
             max_ext_len=0,
             list_hook=_at_most(_MAX_LISTS, "lists"),
-            object_hook=_at_most(_MAX_MAPS, "maps"),
+            object_pairs_hook=_unique_at_most(_MAX_MAPS),
         )
     except (ValueError, msgpack.UnpackException) as error:  # malformed, or longer than allowed
         raise FormatError(f"header is not the expected msgpack: {error}") from None
     if not isinstance(content, dict):
         raise FormatError(f"header holds a {type(content).__name__}, expected a map")
     return content
+
+
+def _unique_at_most(limit: int) -> Callable[[list[tuple[Any, Any]]], dict[Any, Any]]:
+    """Makes maps of pairs, each key once, and counts them."""
+    count = _at_most(limit, "maps")
+
+    def make(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            raise ValueError("a key appears twice in a map")
+        count(made)
+        return made
+
+    return make
 
 
 def _at_most(limit: int, what: str) -> Callable[[Any], Any]:

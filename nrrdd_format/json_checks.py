@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from nrrdd_format.errors import FormatError, shown
-from nrrdd_format.limits import MAX_TEXT
+from nrrdd_format.limits import MAX_DEPTH, MAX_TEXT
 
 T = TypeVar("T")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape them alone, UTF-8 cannot hold them
@@ -19,12 +20,33 @@ _HEX = re.compile(r"[0-9a-f]{64}")
 def parse_json(text: bytes) -> dict[str, Any]:
     """A JSON object without NaN, infinities or repeated keys. Raises FormatError."""
     try:
-        value = json.loads(text.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_unique)
+        value = json.loads(
+            text.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique
+        )
     except (ValueError, RecursionError) as error:
         raise FormatError(f"is not valid JSON: {error or 'nested too deeply'}") from None
     if not isinstance(value, dict):
         raise FormatError(f"holds a JSON {type(value).__name__}, expected an object")
+    _check_depth(value)
     return value
+
+
+def _check_depth(value: dict[str, Any]) -> None:
+    """Bounds the nesting, since writing a value takes a frame of the stack for each level."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [entry for each in level for entry in (each.values() if isinstance(each, dict) else each)]
+        level = [entry for entry in level if isinstance(entry, dict | list)]
+        if not level:
+            return
+    raise FormatError(f"values are nested deeper than {MAX_DEPTH} levels")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text:.40} is too large a number")
+    return number
 
 
 def _no_constant(name: str) -> None:

@@ -6,6 +6,7 @@ MAX_MANIFEST_BYTES = 64 * 2**20
 MAX_SHARDS = 65536
 MAX_CLASSES = 2**20
 MAX_TEXT = 4096  # characters in one string of the manifest
+MAX_DEPTH = 64  # objects and lists inside each other in the manifest
 MAX_IMAGE_SIDE = 4096  # pixels
 MAX_VIEWS = 65536
 MAX_MIXES = 4096

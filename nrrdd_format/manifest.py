@@ -208,7 +208,7 @@ def _check_version(content: dict[str, Any]) -> None:
     if content.get("format") != FORMAT:
         raise FormatError(f"format is {shown(content.get('format'))}, expected {FORMAT!r}")
     version = content.get("version")
-    if not isinstance(version, list) or len(version) != 2 or not all(type(v) is int for v in version):
+    if not isinstance(version, list) or len(version) != 2 or not all(type(v) is int and v >= 0 for v in version):
         raise FormatError(f"version is {shown(version)}, expected [major, minor]")
     if version[0] != VERSION[0]:
         found = f"{version[0]}.{version[1]}"

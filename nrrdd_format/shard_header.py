@@ -126,7 +126,7 @@ def bounded(value: object, name: str, low: int, high: int) -> int:
 
 
 def _check_version(version: object) -> None:
-    if not isinstance(version, list) or len(version) != 2 or not all(type(v) is int for v in version):
+    if not isinstance(version, list) or len(version) != 2 or not all(type(v) is int and v >= 0 for v in version):
         raise FormatError(f"version is {shown(version)}, expected [major, minor]")
     if version[0] != VERSION[0]:
         found = f"{version[0]}.{version[1]}"

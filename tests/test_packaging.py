@@ -100,7 +100,10 @@ def third_party_imports(source: bytes) -> set[str]:
 def test_wheel_holds_the_packages_and_nothing_else(wheel: zipfile.ZipFile, files: list[Path]) -> None:
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
     modules = {file.as_posix() for file in files if file.parts[0] in PACKAGES and file.suffix == ".py"}
-    assert shipped == modules | {f"{package}/py.typed" for package in PACKAGES} | {"nrrdd_format/SPEC.md"}
+    samples = {file.as_posix() for file in files if file.parts[:2] == ("benchmarks", "distances")}
+    others = {f"{package}/py.typed" for package in PACKAGES} | {"nrrdd_format/SPEC.md"}
+    assert len(samples) == 4
+    assert shipped == modules | samples | others
 
 
 def test_wheel_holds_the_licence(wheel: zipfile.ZipFile) -> None:

@@ -275,6 +275,7 @@ def test_a_higher_minor_version_and_unknown_keys_are_read(shard: Path) -> None:
         (b"\x91" * 5000, "msgpack"),
         (msgpack.packb({"a" * 5000: 1}), "msgpack"),
         (b"\x81\x01\x02", "msgpack"),
+        (b"\x82\xa1a\x01\xa1a\x02", "a key appears twice"),
         (b"\x81\xa1\xff\x02", "msgpack"),
     ],
 )

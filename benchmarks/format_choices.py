@@ -30,7 +30,7 @@ from builders.config import BuildConfig
 from builders.pipeline import build
 from builders.sources import Source, load_source
 from loaders import DBRBatch, DBRLoader
-from loaders.order import all_cycles, epoch_order, stored_epoch
+from loaders.order import EpochOrder, ShardPairs, stored_epoch
 from nrrdd_format.codebooks import distance_levels, quantize
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.errors import ConfigError
@@ -280,7 +280,8 @@ class ReplacedDistances:
 
     def __init__(self, loader: DBRLoader, distances: Distances, seed: int, manifest: Manifest) -> None:
         self._loader, self._distances, self._seed = loader, distances, seed
-        self._cycles = all_cycles([entry.pairs_per_epoch for entry in manifest.shards], manifest.records.cycle)
+        pairs = tuple(entry.pairs_per_epoch for entry in manifest.shards)
+        self._shards = ShardPairs(pairs_per_shard=pairs, cycle=manifest.records.cycle)
 
     def set_epoch(self, epoch: int) -> None:
         """As of the loader."""
@@ -289,7 +290,7 @@ class ReplacedDistances:
     def __iter__(self) -> Iterator[DBRBatch]:
         """The epoch's batches."""
         epoch = self._loader.epoch
-        order = epoch_order(self._seed, epoch, self._cycles)
+        order = EpochOrder(self._seed, epoch, self._shards).pairs(0)  # the pairs of a single shard are one window
         stored = self._distances[stored_epoch(self._seed, epoch, len(self._distances))]
         start = 0
         for batch in self._loader:

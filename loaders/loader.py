@@ -10,21 +10,27 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler
 
+from loaders.bad_shards import find_bad_shards
 from loaders.batch import DBRBatch, PlannedBatch
-from loaders.order import epoch_steps, rank_slice
+from loaders.cache import ShardCache, default_cache_dir
+from loaders.order import EpochSteps, ShardPairs, epoch_steps, rank_slice
+from loaders.ranks import Agreement, distributed_ranks
 from loaders.reading import Assignment, BatchReader, Reading
-from nrrdd_format.dataset import open_dataset
+from loaders.remote import RemoteFolder, is_url, local_path
+from nrrdd_format.dataset import DistilledDataset, open_dataset
 from nrrdd_format.errors import ConfigError, NrrddError
 from nrrdd_format.manifest import TeacherInfo
 
 STATE_FORMAT = "nrrdd-loader"
-STATE_VERSION = 1
+STATE_VERSION = 2
+_PREFETCHED = 2  # batches that each worker prepares ahead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +58,21 @@ class DBRLoader:
     evenly, so the last batch may be smaller, or larger by one pair where the tail has less than a pair for
     each process.
 
+    The shards of an epoch are taken in a new order, in windows of about 16,384 pairs (4 to 64 shards), and mixed
+    within a window (`loaders.order`).
+
+    Memory, beside what torch takes in every process, depends on none of the dataset's size: in each reading process
+    (the workers, or this one) `cache_bytes`; for the pairs of two windows 64 bytes, and for their images 500 bytes
+    each; and the batch that is being read, 3 * S^2 bytes for each of its images and, with device "cpu",
+    12 * S^2 for each pair. Two finished batches a worker wait for the training loop. At most two windows of shards
+    are open.
+
+    Where torch.distributed is initialised, the ranks agree on every batch before they hand it out (one number
+    goes round on the CPU), so a rank that cannot go on raises on all of them. All have to iterate alike.
+
     Args:
-        path: the dataset's folder or its `dataset.json`.
+        path: the dataset's folder or its `dataset.json`, or a URL of either: http, https, s3, gs, hf (each an extra
+            of the package) or file.
         batch_size: pairs of this process in a batch.
         seed: of the order of pairs; the same on all ranks.
         num_workers: processes that read, decode and (device "cpu") replay; 0: all in this process.
@@ -61,12 +80,22 @@ class DBRLoader:
         drop_last: leave out the pairs that do not fill a step.
         pin_memory: put what the workers deliver into page-locked memory, for faster copies to a GPU.
         cache_bytes: memory that each reading process may fill with decoded images; others are decoded anew each epoch.
+        on_bad_shard: "raise": an error while iterating. "skip": all shards are read (fetched, if remote) and
+            compared with the manifest here, and those that are bad on any rank are left out on all, with one warning;
+            a shard that turns bad later raises.
+        cache_dir: folder for the shards of a URL, which any number of processes may share; by default `nrrdd` in the
+            user's cache folder.
+        cache_limit_bytes: the most that all shards in cache_dir may take; those read longest ago are removed.
+        timeout: seconds without a byte from a URL after which an attempt has failed.
+        attempts: how often to try to fetch a file of a URL, after waits from 0.5 to 30 seconds.
+        storage_options: arguments of the fsspec filesystem that reads a URL, such as credentials.
         rank, world_size: this process among those that train together; by default as `torch.distributed`
-            says, or alone where that is not initialised.
+            says, or alone where that is not initialised. With these given the ranks do not agree on batches.
 
     Raises:
         ConfigError: an argument that cannot work, alone or with this dataset.
         FormatError: the dataset is missing or damaged (also while iterating).
+        OutputError: shards of a URL cannot be kept in cache_dir (also while iterating).
     """
 
     def __init__(
@@ -80,6 +109,12 @@ class DBRLoader:
         drop_last: bool = False,
         pin_memory: bool = False,
         cache_bytes: int = 2**28,
+        on_bad_shard: Literal["raise", "skip"] = "raise",
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_limit_bytes: int | None = None,
+        timeout: float = 30.0,
+        attempts: int = 5,
+        storage_options: Mapping[str, Any] | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -87,10 +122,33 @@ class DBRLoader:
         _require(seed >= 0, f"seed: found {seed}, expected 0 or more")
         _require(num_workers >= 0, f"num_workers: found {num_workers}, expected 0 or more")
         _require(cache_bytes >= 0, f"cache_bytes: found {cache_bytes}, expected 0 or more")
-        self._dataset = open_dataset(path)
+        _require(on_bad_shard in ("raise", "skip"), f"on_bad_shard: found {on_bad_shard!r}, expected 'raise' or 'skip'")
+        _require(timeout > 0, f"timeout: found {timeout}, expected more than 0 seconds")
+        _require(attempts >= 1, f"attempts: found {attempts}, expected 1 or more")
+        self._cache: ShardCache | None = None
+        if is_url(path):
+            remote = RemoteFolder(
+                url=os.fspath(path), timeout=timeout, attempts=attempts, storage_options=storage_options or {}
+            )
+            manifest = remote.manifest()
+            root = default_cache_dir() if cache_dir is None else Path(cache_dir)
+            self._cache = ShardCache(remote, manifest.dataset_id, root, cache_limit_bytes)
+            self._dataset = DistilledDataset(self._cache.folder, manifest)
+        else:
+            self._dataset = open_dataset(local_path(path))
         self._manifest = self._dataset.manifest
         self._dataset_id = self._manifest.dataset_id
-        self._pairs = sum(entry.pairs_per_epoch for entry in self._manifest.shards)
+        self._shards = ShardPairs(
+            pairs_per_shard=tuple(entry.pairs_per_epoch for entry in self._manifest.shards),
+            cycle=self._manifest.records.cycle,
+        )
+        self._ranks = _given_ranks(rank, world_size)
+        self._agreement = Agreement() if self._ranks is None else None
+        if cache_limit_bytes is not None and self._cache is not None:
+            self._require_room(cache_limit_bytes, batch_size, num_workers)
+        if on_bad_shard == "skip":
+            self._skip_bad_shards()
+        self._pairs = self._shards.total
         _require(self._pairs > 0, f"{path}: the dataset lists no shards, expected at least one; finish its build")
         self._batch_size = batch_size
         self._seed = seed
@@ -99,11 +157,11 @@ class DBRLoader:
         self._drop_last = drop_last
         self._pin_memory = pin_memory
         self._cache_bytes = cache_bytes
-        self._ranks = _given_ranks(rank, world_size)
         self._epoch = 0
         self._consumed = 0  # pairs of the epoch that all ranks together have been given
         self._resume_at = 0  # where the next iteration starts, if a state was loaded
         self._warned = False
+        self._compared = False
         self._assignments = _Assignments()
         self._torch_loader = self._new_torch_loader()
         _require(
@@ -121,11 +179,11 @@ class DBRLoader:
         epoch = self._epoch
         self._consumed, self._resume_at = self._resume_at, 0
         self._warn_when_repeating(epoch)
-        rank, world_size = self._ranks or _distributed_ranks()
+        rank, world_size = self._ranks or distributed_ranks()
+        self._compare_ranks()
         steps = self._steps(self._consumed)
-        self._assignments.epoch = [(epoch, *rank_slice(step, rank=rank, world_size=world_size)) for step in steps]
-        for (_, stop), reading in zip(steps, self._readings(), strict=True):
-            batch = self._finished(reading)
+        self._assignments.set(epoch, steps, rank=rank, world_size=world_size)
+        for (_, stop), batch in zip(steps, map(self._finished, self._readings()), strict=True):
             self._consumed = stop
             yield batch
         self._epoch, self._consumed = epoch + 1, 0
@@ -151,6 +209,7 @@ class DBRLoader:
             "version": STATE_VERSION,
             "dataset_id": self._dataset_id,
             "seed": self._seed,
+            "skipped": self._skipped_names(),
             "epoch": self._epoch,
             "pairs": self._consumed,
         }
@@ -159,12 +218,14 @@ class DBRLoader:
         """Goes to where `state_dict` was taken; batch size, workers and number of processes may differ.
 
         Raises:
-            ConfigError: the state is of another dataset, seed or kind, or damaged; nothing is changed then.
+            ConfigError: the state is of another dataset, seed or kind, with other shards skipped, or damaged;
+                nothing is changed then.
         """
         _expect(state, "format", STATE_FORMAT)
         _expect(state, "version", STATE_VERSION)
         _expect(state, "dataset_id", self._dataset_id)
         _expect(state, "seed", self._seed)
+        _expect(state, "skipped", self._skipped_names())
         epoch = _count(state, "epoch", 2**62)
         consumed = _count(state, "pairs", self._pairs)
         self._epoch, self._consumed, self._resume_at = epoch, consumed, consumed
@@ -182,8 +243,8 @@ class DBRLoader:
             teacher=manifest.teacher,
         )
 
-    def _steps(self, start: int) -> list[tuple[int, int]]:
-        _, world_size = self._ranks or _distributed_ranks()
+    def _steps(self, start: int) -> EpochSteps:
+        _, world_size = self._ranks or distributed_ranks()
         return epoch_steps(
             self._pairs,
             start=start,
@@ -192,9 +253,49 @@ class DBRLoader:
             drop_last=self._drop_last,
         )
 
+    def _require_room(self, limit: int, batch_size: int, num_workers: int) -> None:
+        """Readers hold the windows of the batches under way, so the cache must have room for the largest of these."""
+        sizes = sorted((entry.bytes for entry in self._manifest.shards), reverse=True)
+        _, world_size = self._ranks or distributed_ranks()
+        steps = 1 + (1 + _PREFETCHED) * num_workers  # asked for, and the last one that each worker has done
+        held = self._shards.most_shards_of((steps * batch_size + 1) * world_size)  # a tail may have joined
+        _require(
+            limit >= sum(sizes[:held]),
+            f"cache_limit_bytes: found {limit}, expected at least {sum(sizes[:held])}: up to {held} shards of this "
+            f"dataset are read at a time",
+        )
+
+    def _skip_bad_shards(self) -> None:
+        """Leaves out the shards that are bad on any rank, with one warning. All ranks come here."""
+        bad = find_bad_shards(self._dataset, self._cache)
+        found = [bad] if self._agreement is None else self._agreement.gathered(bad)
+        reasons = {shard: reason for of_rank in reversed(found) for shard, reason in of_rank.items()}
+        if not reasons:
+            return
+        self._shards = replace(self._shards, skipped=frozenset(reasons))
+        first = reasons[min(reasons)]
+        _require(bool(self._shards.used), f"on_bad_shard: all {len(reasons)} shards are bad, the first: {first}")
+        warnings.warn(
+            f"{len(reasons)} of {len(self._manifest.shards)} shards are bad and skipped "
+            f"({', '.join(self._skipped_names())}); the first: {first}",
+            stacklevel=3,
+        )
+
+    def _skipped_names(self) -> list[str]:
+        return [self._manifest.shards[shard].name for shard in sorted(self._shards.skipped)]
+
+    def _compare_ranks(self) -> None:
+        """Before the first batch: ranks that read different things would train on other pairs than they say."""
+        if self._agreement is not None and not self._compared:
+            state = {**self.state_dict(), "batch_size": self._batch_size, "drop_last": self._drop_last}
+            self._agreement.require_same("loader", state)
+            self._compared = True
+
     def _new_torch_loader(self) -> DataLoader[Reading]:
         reader = BatchReader(
             self._dataset,
+            self._cache,
+            shards=self._shards,
             seed=self._seed,
             replay_here=self._device.type == "cpu",
             cache_bytes=self._cache_bytes,
@@ -205,6 +306,7 @@ class DBRLoader:
             sampler=self._assignments,
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
+            prefetch_factor=_PREFETCHED if self._num_workers else None,
             persistent_workers=self._num_workers > 0,
             generator=torch.Generator(),  # else torch draws the workers' seed from the user's random state
         )
@@ -218,17 +320,24 @@ class DBRLoader:
                 raise
             self._torch_loader = self._new_torch_loader()
             reason = str(error).partition("\n")[0] or type(error).__name__
-            raise NrrddError(
-                f"a loader process has died ({reason}); if memory ran out, lower num_workers or batch_size"
-            ) from error
+        else:
+            return
+        yield NrrddError(f"a loader process has died ({reason}); if memory ran out, lower num_workers or batch_size")
 
     def _finished(self, reading: Reading) -> DBRBatch:
-        if isinstance(reading, NrrddError):
-            raise reading
+        error = reading if isinstance(reading, NrrddError) else None
+        if self._agreement is not None:
+            error = self._agreement.any_error(error)
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error, reading  # or error and traceback would keep each other, and the workers, alive
         if isinstance(reading, PlannedBatch):
             images = self._manifest.images
             moved = reading.to(self._device, non_blocking=True)
             return moved.replayed(mean=images.mean, std=images.std)
+        assert isinstance(reading, DBRBatch)
         return reading
 
     def _warn_when_repeating(self, epoch: int) -> None:
@@ -246,19 +355,23 @@ class _Assignments(Sampler[Assignment]):
     """Hands this rank's assignments of an epoch to torch's DataLoader."""
 
     def __init__(self) -> None:
-        self.epoch: list[Assignment] = []
+        self.set(0, EpochSteps(start=0, stop=0, stride=1, count=0), rank=0, world_size=1)
+
+    def set(self, epoch: int, steps: EpochSteps, *, rank: int, world_size: int) -> None:
+        """What the next iteration hands out."""
+        self._epoch, self._steps, self._rank, self._world_size = epoch, steps, rank, world_size
 
     def __iter__(self) -> Iterator[Assignment]:
-        return iter(self.epoch)
+        # A generator would read the attributes of a later iteration.
+        return _assignments(self._epoch, self._steps, self._rank, self._world_size)
 
     def __len__(self) -> int:
-        return len(self.epoch)
+        return len(self._steps)
 
 
-def _distributed_ranks() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+def _assignments(epoch: int, steps: EpochSteps, rank: int, world_size: int) -> Iterator[Assignment]:
+    for step in steps:
+        yield (epoch, *rank_slice(step, rank=rank, world_size=world_size))
 
 
 def _given_ranks(rank: int | None, world_size: int | None) -> tuple[int, int] | None:

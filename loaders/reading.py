@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from loaders.batch import DBRBatch, PlannedBatch
-from loaders.order import all_cycles, epoch_order, stored_epoch
+from loaders.cache import ShardCache
+from loaders.order import EpochOrder, ShardPairs, stored_epoch
 from nrrdd_format.dataset import DistilledDataset
 from nrrdd_format.errors import FormatError, NrrddError
 from nrrdd_format.pairs import PairRecords
 from nrrdd_format.replay import decode_image, plan_batch, stack_images
+from nrrdd_format.shards import ShardEntry
 
 Assignment: TypeAlias = tuple[int, int, int]
 """Training epoch, and the (start, stop) of a batch's places in that epoch's order."""
@@ -27,37 +29,70 @@ class BatchReader(Dataset[Reading]):
     """Turns an assignment into a batch.
 
     An error is returned, not raised: torch would wrap it in the worker's traceback and lose what it says.
+    Of the shards, only those of the windows that the last batch came from are open, their headers and records kept.
     """
 
-    def __init__(self, dataset: DistilledDataset, *, seed: int, replay_here: bool, cache_bytes: int) -> None:
+    def __init__(
+        self,
+        dataset: DistilledDataset,
+        cache: ShardCache | None,
+        *,
+        shards: ShardPairs,
+        seed: int,
+        replay_here: bool,
+        cache_bytes: int,
+    ) -> None:
         self._dataset = dataset
+        self._cache = cache  # where the dataset's files come from; None: they are there
+        self._shards = shards
         self._seed = seed
         self._replay_here = replay_here
         self._cache_bytes = cache_bytes
         self._decoded: dict[tuple[int, int], Tensor] = {}
-        pairs = [entry.pairs_per_epoch for entry in dataset.manifest.shards]
-        self._first_pair = np.cumsum([0, *pairs])
-        self._cycles = all_cycles(pairs, dataset.manifest.records.cycle)
+        self._first_pairs = shards.first_pairs
         self._epoch = -1
-        self._order: NDArray[np.int64] = np.empty(0, np.int64)
+        self._order = EpochOrder(seed, 0, shards)
+        self._windows: dict[int, NDArray[np.int64]] = {}
         self._records: dict[int, PairRecords] = {}
 
     def __getitem__(self, assignment: Assignment) -> Reading:
         epoch, start, stop = assignment
         try:
             self._turn_to(epoch)
-            batch = self._read(self._order[start:stop])
+            batch = self._read(self._pairs(start, stop))
             images = self._dataset.manifest.images
             return batch.replayed(mean=images.mean, std=images.std) if self._replay_here else batch
         except NrrddError as error:
             return error
 
     def _turn_to(self, epoch: int) -> None:
-        """Draws the epoch's order, and forgets the records of the epoch before."""
+        """Draws the epoch's order, and forgets the windows and records of the epoch before."""
         if epoch != self._epoch:
-            self._order = epoch_order(self._seed, epoch, self._cycles)
-            self._records = {}
+            self._order = EpochOrder(self._seed, epoch, self._shards)
+            self._windows, self._records = {}, {}
             self._epoch = epoch
+
+    def _pairs(self, start: int, stop: int) -> NDArray[np.int64]:
+        """The numbers of the pairs at these places of the epoch's order."""
+        wanted = self._order.windows_of(start, stop)
+        if list(self._windows) != list(wanted):
+            self._open(wanted)
+        first = self._order.start(wanted[0])
+        return np.concatenate(list(self._windows.values()))[start - first : stop - first]
+
+    def _open(self, windows: range) -> None:
+        """Turns to these windows: fetches their shards, lets go what only others need, and fetches ahead."""
+        shards = {shard for window in windows for shard in self._order.windows[window]}
+        self._dataset.shards.close_all_but(shards)
+        self._records = {shard: records for shard, records in self._records.items() if shard in shards}
+        self._windows = {}  # so that after an error the next batch comes here again
+        if self._cache is not None:
+            self._cache.hold(self._entries(self._order.windows[windows.start : windows.stop]))
+            self._cache.prefetch(self._entries(self._order.windows[windows.stop : windows.stop + 1]))
+        self._windows = {window: self._order.pairs(window) for window in windows}
+
+    def _entries(self, windows: Iterable[list[int]]) -> list[ShardEntry]:
+        return [self._dataset.manifest.shards[shard] for window in windows for shard in window]
 
     def _read(self, pairs: NDArray[np.int64]) -> PlannedBatch:
         """Reads the pairs with these numbers, each of their images once."""
@@ -77,8 +112,8 @@ class BatchReader(Dataset[Reading]):
 
     def _parts(self, pairs: NDArray[np.int64]) -> list[tuple[int, PairRecords]]:
         """The records of the pairs, in the order given, as runs of pairs of one shard."""
-        shards = np.searchsorted(self._first_pair, pairs, side="right") - 1
-        places = pairs - self._first_pair[shards]
+        shards = np.searchsorted(self._first_pairs, pairs, side="right") - 1
+        places = pairs - self._first_pairs[shards]
         runs = np.split(np.arange(len(pairs)), np.flatnonzero(np.diff(shards)) + 1)
         return [(int(shards[run[0]]), self._records_of(int(shards[run[0]])).take(places[run])) for run in runs]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import overload
 
@@ -40,9 +40,12 @@ class Shards(Sequence[ShardReader]):
 
     def close(self) -> None:
         """Close all open files."""
-        for reader in self._open.values():
-            reader.close()
-        self._open.clear()
+        self.close_all_but(())
+
+    def close_all_but(self, kept: Collection[int]) -> None:
+        """Close the shards that are not among `kept`, and forget their headers; a later use opens them again."""
+        for index in self._open.keys() - set(kept):
+            self._open.pop(index).close()
 
 
 class DistilledDataset:

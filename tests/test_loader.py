@@ -18,8 +18,8 @@ import torch
 from make_dataset import make_tiny_dataset
 from torch import Tensor
 
-from loaders import DBRBatch, DBRLoader, reading
-from loaders.order import all_cycles, epoch_order, stored_epoch
+from loaders import DBRBatch, DBRLoader, order, reading
+from loaders.order import EpochOrder, ShardPairs, stored_epoch
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.errors import ConfigError, FormatError
 from nrrdd_format.pairs import PairRecords
@@ -52,9 +52,10 @@ def expected_epoch(path: Path, epoch: int) -> dict[str, Tensor]:
     rows: list[DBRBatch] = []
     with open_dataset(path) as dataset:
         info = dataset.manifest
-        order = epoch_order(0, epoch, all_cycles([s.pairs_per_epoch for s in info.shards], info.records.cycle))
+        pairs = tuple(entry.pairs_per_epoch for entry in info.shards)
+        epoch_order = EpochOrder(0, epoch, ShardPairs(pairs_per_shard=pairs, cycle=info.records.cycle))
         stored = stored_epoch(0, epoch, info.records.epochs)
-        for number in order.tolist():
+        for number in [pair for window in range(len(epoch_order.windows)) for pair in epoch_order.pairs(window)]:
             shard, place = divmod(number, dataset.shards[0].images)
             records = dataset.shards[shard].records(stored).take(np.array([place]))
             rows.append(single_pair(path, shard, records))
@@ -158,6 +159,68 @@ def test_ranks_share_an_epoch(dataset: Path) -> None:
     assert all(torch.equal(together[name], alone[name]) for name in alone)
 
 
+WORLD_SIZES = (1, 2, 3, 4, 8)
+
+
+@pytest.fixture
+def windowed(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A dataset of 5 shards, of which two or one are a window: 100 pairs, so equal global batches leave a tail of 4."""
+    monkeypatch.setattr(order, "WINDOW_SHARDS", (2, 2))
+    path = tmp_path_factory.getbasetemp() / "windowed"
+    return path if path.exists() else make_tiny_dataset(path, classes=4, ipc=25, shards=5, cycle=4)
+
+
+def global_batches(path: Path, world_size: int, num_workers: int, state: dict[str, object]) -> list[DBRBatch]:
+    """The batches of all ranks together, step by step, of what is left of the epoch: 24 pairs in each."""
+    parts = []
+    for rank in range(world_size):
+        loader = DBRLoader(path, 24 // world_size, num_workers=num_workers, rank=rank, world_size=world_size)
+        loader.load_state_dict({**loader.state_dict(), **state})
+        parts.append(list(loader))
+    return [
+        DBRBatch(**{name: column.contiguous() for name, column in columns(list(step)).items()})
+        for step in zip(*parts, strict=True)
+    ]
+
+
+def tail_joined(batches: list[DBRBatch]) -> list[tuple[bytes, ...]]:
+    """As keys; where a tail of less than a pair a rank is a batch of its own, joined to the one before."""
+    return [*map(key, batches[:3]), key(DBRBatch(**columns(batches[3:])))]
+
+
+@pytest.mark.parametrize("num_workers", range(5))
+def test_global_batches_depend_neither_on_ranks_nor_on_workers(windowed: Path, num_workers: int) -> None:
+    expected = tail_joined(global_batches(windowed, 1, 0, {}))
+    for world_size in WORLD_SIZES:
+        assert tail_joined(global_batches(windowed, world_size, num_workers, {})) == expected
+
+
+def test_a_state_after_every_batch_is_restored_into_other_world_sizes(windowed: Path) -> None:
+    loader = DBRLoader(windowed, 7)
+    whole = columns(list(loader))
+    loader.set_epoch(0)
+    for _ in loader:
+        state = json.loads(json.dumps(loader.state_dict()))
+        left = slice(state["pairs"], None)
+        for world_size in WORLD_SIZES if state["pairs"] <= 100 - 8 else ():
+            rest = columns(global_batches(windowed, world_size, 0, state))
+            assert all(torch.equal(rest[name], whole[name][left]) for name in whole)
+
+
+def test_only_the_shards_of_the_windows_at_hand_are_open(windowed: Path) -> None:
+    with open_dataset(windowed) as dataset:
+        pairs = ShardPairs(pairs_per_shard=(20,) * 5, cycle=4)
+        reader = reading.BatchReader(dataset, None, shards=pairs, seed=0, replay_here=True, cache_bytes=0)
+        windows = EpochOrder(0, 0, pairs).windows
+        assert [len(window) for window in windows] == [2, 2, 1]
+        for start in range(0, 100, 10):
+            first, last = start // 40, (start + 9) // 40
+            assert not isinstance(reader[0, start, start + 10], Exception)
+            needed = {shard for window in windows[first : last + 1] for shard in window}
+            assert reader._records.keys() <= needed
+            assert dataset.shards._open.keys() <= needed
+
+
 def test_epochs_advance_by_themselves_and_as_set(dataset: Path) -> None:
     loader = DBRLoader(dataset, 5)
     by_themselves = [epoch_keys(loader) for _ in range(EPOCHS)]
@@ -179,7 +242,7 @@ def test_a_new_iteration_after_a_break_starts_the_epoch_again(dataset: Path) -> 
 
 
 def test_past_the_stored_epochs_they_repeat_in_a_new_order_with_one_warning(dataset: Path) -> None:
-    loader = DBRLoader(dataset, 5)
+    loader = DBRLoader(dataset, 5, seed=1)
     stored = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -262,7 +325,8 @@ def test_a_state_of_another_dataset_is_refused_with_both_ids(dataset: Path, tmp_
     ("change", "message"),
     [
         ({"seed": 8}, "seed is 8, expected 0"),
-        ({"version": 2}, "version is 2, expected 1"),
+        ({"version": 1}, "version is 1, expected 2"),
+        ({"skipped": ["shard-00001.tar"]}, r"skipped is \['shard-00001.tar'\], expected \[\]"),
         ({"format": "other"}, "format is 'other', expected 'nrrdd-loader'"),
         ({"epoch": -1}, "epoch is -1, expected an integer from 0"),
         ({"epoch": True}, "epoch is True"),

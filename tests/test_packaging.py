@@ -148,7 +148,8 @@ def test_version_is_the_same_everywhere(
 
 def test_dependencies_are_those_imported(repository: Path, setup_cfg: ConfigParser, files: list[Path]) -> None:
     declared = requirements(setup_cfg["options"]["install_requires"])
-    optional = requirements(setup_cfg["options.extras_require"]["digits"])
+    extras = setup_cfg["options.extras_require"]
+    optional = requirements(extras["digits"]) | requirements(extras["http"])
     imported: set[str] = set()
     for file in files:
         if file.suffix == ".py" and file.parts[0] in PACKAGES:

@@ -1,0 +1,223 @@
+"""A folder of shards fetched from a URL, which several processes and trainings share.
+
+    <cache_dir>/lock                              held while room is made or a file gets its name
+    <cache_dir>/<dataset id>/shard-00000.tar      a whole, checked shard
+    <cache_dir>/<dataset id>/shard-00000.tar.part a shard being fetched, of its full size from the beginning
+    <cache_dir>/<dataset id>/shard-00000.tar.lock held exclusively by who fetches or evicts, shared by who reads
+
+Locks are the operating system's (flock): they end with the process that holds them, however it ends, so what a
+killed one leaves is an unlocked .part, which is written anew or evicted. Lock files are empty and stay.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from loaders.remote import RemoteFolder
+from nrrdd_format.errors import NrrddError, OutputError
+from nrrdd_format.shards import ShardEntry
+
+_POLL = 0.05  # seconds between looks at what another process fetches
+_PATIENCE = 10  # timeouts of the remote folder that another process may show no progress
+
+
+def default_cache_dir() -> Path:
+    """`nrrdd` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nrrdd"
+
+
+class ShardCache:
+    """The shards of one dataset, fetched when wanted; those held stay until they are let go.
+
+    Can be pickled; each process holds for itself. Every method raises OutputError where the folder cannot be used.
+    """
+
+    def __init__(self, remote: RemoteFolder, dataset_id: str, root: Path, limit_bytes: int | None) -> None:
+        self.folder = root / dataset_id
+        self._root = root
+        self._remote = remote
+        self._limit = limit_bytes
+        self._held: dict[str, int] = {}  # name of a shard -> the descriptor that holds its lock
+
+    def hold(self, entries: Sequence[ShardEntry]) -> None:
+        """Fetches these shards where they are missing, and lets go of all others.
+
+        What another process is fetching is waited for, so processes that want the same shards fetch different ones.
+
+        Raises FormatError naming the URL: a shard cannot be fetched.
+        """
+        names = {entry.name for entry in entries}
+        for name in self._held.keys() - names:
+            os.close(self._held.pop(name))
+        waiting = [entry for entry in entries if entry.name not in self._held]
+        seen: list[int] = []
+        deadline = 0.0
+        with _disk_errors(self.folder):
+            while waiting := [entry for entry in waiting if not self._try_hold(entry)]:
+                progress = [_modified(self._part(entry)) for entry in waiting]
+                if progress != seen:
+                    seen, deadline = progress, time.monotonic() + _PATIENCE * self._remote.timeout
+                elif time.monotonic() > deadline:
+                    raise OutputError(
+                        f"{self._part(waiting[0])}: another process holds this shard and has not gone on for "
+                        f"{_PATIENCE * self._remote.timeout:g} seconds; end it or choose another cache_dir"
+                    )
+                time.sleep(_POLL)
+
+    def prefetch(self, entries: Sequence[ShardEntry]) -> None:
+        """Fetches these shards in the background, so far as they are missing and no other process does."""
+        missing = [entry for entry in entries if not self._is_here(entry)]
+        if missing:
+            threading.Thread(target=self._prefetch, args=(missing,), daemon=True).start()
+
+    def path(self, entry: ShardEntry) -> Path:
+        """Where a shard lies once it is held."""
+        return self.folder / entry.name
+
+    def _prefetch(self, entries: Iterable[ShardEntry]) -> None:
+        with suppress(NrrddError, OSError):  # whoever comes to need the shard tries again, and says what is wrong
+            for entry in entries:
+                lock = self._open_lock(self.path(entry))
+                try:
+                    if _locked(lock, fcntl.LOCK_EX):
+                        self._fetch(entry)
+                finally:
+                    os.close(lock)
+
+    def _try_hold(self, entry: ShardEntry) -> bool:
+        """Holds a shard, fetched if it is missing; False: another process is about to."""
+        lock = self._open_lock(self.path(entry))
+        try:
+            if not self._is_here(entry) and _locked(lock, fcntl.LOCK_EX):
+                self._fetch(entry)
+            # Turning a lock into a shared one lets others in between, so look again.
+            if _locked(lock, fcntl.LOCK_SH) and self._is_here(entry):
+                os.utime(self.path(entry))
+                self._held[entry.name], lock = lock, -1
+                return True
+        finally:
+            if lock != -1:
+                os.close(lock)
+        return False
+
+    def _fetch(self, entry: ShardEntry) -> None:
+        """Fetches a shard whose exclusive lock this process holds, unless another has done so before."""
+        if self._is_here(entry):
+            return
+        part = self._part(entry)
+        try:
+            self._reserve(entry)
+            self._remote.retried(entry.name, lambda: self._write(entry, part))
+            with self._root_lock():
+                os.replace(part, self.path(entry))
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _write(self, entry: ShardEntry, part: Path) -> None:
+        with open(part, "r+b") as file:
+            for piece in self._remote.shard(entry):
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _reserve(self, entry: ShardEntry) -> None:
+        """Makes the file to be written, at its full size so that others count it, after making room for it."""
+        part = self._part(entry)
+        part.unlink(missing_ok=True)
+        with self._root_lock():
+            if self._limit is not None:
+                self._evict(self._limit, entry)
+            with open(part, "wb") as file:
+                file.truncate(entry.bytes)
+
+    def _evict(self, limit: int, entry: ShardEntry) -> None:
+        """Removes what a killed process left, then the shards held longest ago that nobody holds, as far as needed."""
+        files = [file for file in self._root.glob("*/shard-*") if file.suffix in (".tar", ".part")]
+        sizes = {file: file.stat().st_size for file in files}
+        for file in sorted(files, key=lambda file: (file.suffix == ".tar", _modified(file))):
+            if sum(sizes.values()) + entry.bytes <= limit:
+                return
+            if self._removed(file):
+                del sizes[file]
+        used = sum(sizes.values())
+        if used + entry.bytes > limit:
+            raise OutputError(
+                f"{self._root}: no room for {self._remote.shown(entry.name)}: {used} bytes of shards are in use, "
+                f"{entry.bytes} more are needed, cache_limit_bytes is {limit}; raise it or choose another cache_dir"
+            )
+
+    def _removed(self, file: Path) -> bool:
+        """Removes a shard, or what is there of it, unless somebody reads or fetches it."""
+        lock = self._open_lock(file.with_suffix("") if file.suffix == ".part" else file)
+        try:
+            free = _locked(lock, fcntl.LOCK_EX)
+            if free:
+                file.unlink(missing_ok=True)
+            return free
+        finally:
+            os.close(lock)
+
+    def _is_here(self, entry: ShardEntry) -> bool:
+        """A file of another size has been damaged since it was checked, and is fetched anew."""
+        try:
+            return self.path(entry).stat().st_size == entry.bytes
+        except FileNotFoundError:
+            return False
+
+    def _part(self, entry: ShardEntry) -> Path:
+        return self.folder / f"{entry.name}.part"
+
+    def _open_lock(self, shard: Path) -> int:
+        shard.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(f"{shard}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+
+    @contextmanager
+    def _root_lock(self) -> Iterator[None]:
+        lock = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": {}}
+
+    def __del__(self) -> None:
+        for lock in self._held.values():
+            os.close(lock)
+
+
+def _locked(descriptor: int, kind: int) -> bool:
+    """Takes a lock of this kind if that needs no waiting."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _modified(file: Path) -> int:
+    """When a file was last changed, in ns; 0: there is none."""
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """What the network does wrong is a FormatError, so an OSError comes from the disk."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: cannot keep shards here ({error.strerror or error}); make room or choose another cache_dir"
+        ) from error

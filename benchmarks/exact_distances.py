@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +48,16 @@ def exact_distances(dataset: Path, teacher_checkpoint: Path, device: str, *, epo
         shard, size = opened.shards[0], manifest.images.size
         images = stack_images([decode_image(shard.image_bytes(i), size) for i in range(shard.images)]).to(device)
         labels = shard.labels
+        count = manifest.records.epochs if epochs is None else min(epochs, manifest.records.epochs)
+        pairs = list(islice(shard.all_records(), count))
     model = load_dataset_teacher(manifest, teacher_checkpoint, device).model
-    count = manifest.records.epochs if epochs is None else min(epochs, manifest.records.epochs)
     parts = []
     with Progress(count, "exact distances", "epoch") as progress:
-        for epoch in range(count):
+        for records in pairs:
             part = relabel_epoch(
                 images,
                 labels,
-                manifest.layout(0),
-                shard=0,
-                epoch=epoch,
+                records,
                 model=model,
                 temperature=manifest.records.temperature,
                 mean=manifest.images.mean,

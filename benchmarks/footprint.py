@@ -19,9 +19,10 @@ import numpy as np
 from benchmarks.fkd_store import BATCH, FkdStore, Form
 from nrrdd_format import tar
 from nrrdd_format.dataset import DistilledDataset, open_dataset
+from nrrdd_format.errors import ConfigError
 from nrrdd_format.manifest import MANIFEST_NAME
 from nrrdd_format.pairs import Coding, PairRecords, RecordLayout
-from nrrdd_format.records import encode_shard_records
+from nrrdd_format.records import encode_block, encode_shard_records
 from nrrdd_format.shard_header import HEADER_NAME, RECORDS_NAME
 from nrrdd_format.shards import EncodedImage, ShardEntry, ShardReader, write_shard
 
@@ -139,6 +140,19 @@ def recoded(dataset: DistilledDataset, coding: Coding) -> Iterator[DistilledData
         recode(dataset, coding, Path(folder))
         with open_dataset(folder) as copy:
             yield copy
+
+
+def is_derivable(dataset: DistilledDataset) -> bool:
+    """Whether the pairs of the first epoch are those that the format draws: derived records could hold them."""
+    if dataset.manifest.records.coding == "verbatim":
+        return False
+    shard = dataset.shards[0]
+    layout = replace(shard.layout, coding="derived", block_epochs=1)
+    try:
+        encode_block([shard.records(0)], layout, shard=shard.shard, first_epoch=0)
+    except ConfigError:
+        return False
+    return True
 
 
 def recode(dataset: DistilledDataset, coding: Coding, out: Path) -> None:

@@ -30,6 +30,7 @@ from benchmarks.footprint import (
     epoch_pairs,
     fkd_bytes_per_pair,
     in_full_batches,
+    is_derivable,
     measure,
     recoded,
     soft_label_bytes,
@@ -74,7 +75,7 @@ classes in batches of at most 100 pairs; records are the records' tar members al
 """
 PRESET_NOTE = """\
 {preset}: one full shard of 1000 generated images at 224 px and 300 epochs. Its distances are not those of an ImageNet
-teacher: both of a pair are drawn together from {pairs:,} pairs of {dataset}, {classes} classes, as its teacher
+teacher: both of a pair are drawn together from {pairs:,} pairs of the sample {name}, {classes} classes, as its teacher
 ({teacher}, top-1 {top1:.1%}) sees them.
 """
 
@@ -157,7 +158,7 @@ def report(options: argparse.Namespace) -> int:
     """Measures, prints the tables and writes what was asked for; returns the exit status."""
     if not options.datasets and options.preset is None:
         raise ConfigError(f"nothing to measure: name a dataset's folder, or say --preset {PRESET}")
-    datasets = [open_dataset(path) for path in options.datasets]
+    datasets = [open_with_shards(path) for path in options.datasets]
     measured = [measure_coded(dataset, coding) for dataset in datasets for coding in codings_of(dataset)]
     points = [] if options.accuracy is None else read_points(options.accuracy, datasets)
     samples = distance_samples()
@@ -195,10 +196,18 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
+def open_with_shards(path: Path) -> DistilledDataset:
+    """Opens a dataset. Raises ConfigError for one without shards."""
+    dataset = open_dataset(path)
+    if not dataset.manifest.shards:
+        raise ConfigError(f"{path}: lists no shards, so there is nothing to measure")
+    return dataset
+
+
 def codings_of(dataset: DistilledDataset) -> Sequence[Coding]:
-    """The codings a dataset is measured in: pairs that the format did not draw have no choice."""
+    """The codings a dataset is measured in: pairs that the format did not draw for its shards have no choice."""
     coding = dataset.manifest.records.coding
-    return [coding] if coding == "verbatim" else CODINGS
+    return CODINGS if coding == "derived" or is_derivable(dataset) else [coding]
 
 
 def measure_preset(sample: Path) -> Iterator[Measured]:

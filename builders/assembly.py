@@ -116,6 +116,21 @@ def _finish(job: Job, folder: Path, teacher_top1: float) -> None:
         leftover.unlink()
 
 
+def check_manifest(job: Job) -> None:
+    """Makes the manifest with stand-ins for what is not known yet, so that no option fails only after hours.
+
+    Raises:
+        FormatError: an option that no manifest can hold.
+    """
+    entries = [
+        ShardEntry(
+            name=shard_name(shard), sha256="0" * 64, bytes=1, images=len(i), pairs_per_epoch=len(i), record_bytes=1
+        )
+        for shard, i in enumerate(job.shards)
+    ]
+    make_manifest(job, entries, 0.0).encode()
+
+
 def make_manifest(job: Job, entries: list[ShardEntry], teacher_top1: float) -> Manifest:
     """The manifest; it names no local path and no time, so that the same build gives the same bytes."""
     source, settings, records = job.source, job.settings, job.settings.records

@@ -13,6 +13,7 @@ from typing import Literal
 
 from builders.sources import Source
 from nrrdd_format.errors import ConfigError
+from nrrdd_format.limits import MAX_DRAWN_IMAGES, MAX_EPOCHS, MAX_IMAGES, MAX_LEVELS, MAX_MIXES, MAX_VIEWS
 
 BLOCK_PAIRS = 20_000
 """Pairs that are compressed together, about: fewer cost bytes, more cost time where one epoch is read."""
@@ -178,17 +179,17 @@ class BuildConfig:
         _at_least("--ipc", self.ipc, 1)
         _at_least("--iterations", self.iterations, 0)
         _at_least("--batch-size", self.batch_size, 2)
-        _at_least("--epochs", self.epochs, 1)
-        _at_least("--cycle", self.cycle, 2)
-        _at_least("--mix-group", self.mix_group, 1)
-        _at_least("--shard-images", self.shard_images, 2)
-        _at_least("--seed", self.seed, 0)
-        _between("--distance-levels", self.distance_levels, 2, 256)
-        _between("--views", self.views, 1, 65536)
-        _between("--mixes", self.mixes, 1, 4096)
+        _between("--epochs", self.epochs, 1, MAX_EPOCHS)
+        _between("--cycle", self.cycle, 2, MAX_IMAGES)
+        _between("--mix-group", self.mix_group, 1, MAX_IMAGES)
+        _between("--shard-images", self.shard_images, 2, MAX_DRAWN_IMAGES)
+        _between("--seed", self.seed, 0, 2**63 - 1)
+        _between("--distance-levels", self.distance_levels, 2, MAX_LEVELS)
+        _between("--views", self.views, 1, MAX_VIEWS)
+        _between("--mixes", self.mixes, 1, MAX_MIXES)
         _between("--epsilon", self.epsilon, 0, 1)
         _positive("--learning-rate", self.learning_rate)
-        _positive("--temperature", self.temperature)
+        _between("--temperature", self.temperature, 1e-3, 1e3)
         _at_least("--alpha-bn", self.alpha_bn, 0)
         _at_least("--alpha-lr", self.alpha_lr, 0)
         if self.threads is not None:
@@ -198,8 +199,6 @@ class BuildConfig:
             _between("--view-scale", self.view_scale, 0, 1)
         if self.image_quality is not None:
             _between("--image-quality", self.image_quality, 1, 100)
-        if self.image_quality is not None and self.image_codec == "png":
-            raise ConfigError("--image-quality: PNG is lossless and has no quality; leave the option out")
 
     @property
     def work_path(self) -> Path:
@@ -220,6 +219,9 @@ def plan_settings(config: BuildConfig, source: Source) -> BuildSettings:
             "--ipc: one image in all leaves nothing to pair; a dataset needs at least 2 images, so raise --ipc"
         )
     codec: Codec = config.image_codec or ("png" if source.size <= 64 else "jpeg")
+    if config.image_quality is not None and codec == "png":
+        raise ConfigError("--image-quality: PNG is lossless and has no quality; leave the option out or name a codec")
+    shard_images = min(config.shard_images, config.ipc * len(source.class_names))
     return BuildSettings(
         discovery=DiscoverySettings(
             ipc=config.ipc,
@@ -255,7 +257,7 @@ def plan_settings(config: BuildConfig, source: Source) -> BuildSettings:
             cycle=config.cycle,
             mix_group=config.mix_group,
             distance_levels=config.distance_levels,
-            block_epochs=max(1, min(config.epochs, BLOCK_PAIRS // config.shard_images)),
+            block_epochs=max(1, min(config.epochs, BLOCK_PAIRS // shard_images)),
             views=config.views,
             mixes=config.mixes,
         ),

@@ -15,7 +15,7 @@ import msgpack
 import numpy as np
 import torch
 
-from builders.assembly import assemble, is_built
+from builders.assembly import assemble, check_manifest, is_built
 from builders.config import BuildConfig
 from builders.discovery import discover_class
 from builders.encoding import encode_image
@@ -39,6 +39,7 @@ from builders.teacher import preflight
 from builders.workdir import Stage
 from nrrdd_format import draws
 from nrrdd_format.errors import DataError
+from nrrdd_format.pairs import draw_pairs
 from nrrdd_format.replay import decode_image, stack_images
 
 Unit = TypeVar("Unit", int, tuple[int, int])
@@ -54,6 +55,7 @@ def build(config: BuildConfig) -> Path:
         torch.set_num_threads(config.threads)
     with joined_ranks() as ranks:
         job = prepare(config, ranks)
+        check_manifest(job)
         if is_built(job):
             ranks.say(f"{config.out}: already built from these settings")
             return config.out
@@ -173,9 +175,7 @@ def relabel(job: Job) -> None:
         distances = relabel_epoch(
             decoded[1],
             job.labels[job.shards[shard]],
-            job.layout(shard),
-            shard=shard,
-            epoch=epoch,
+            draw_pairs(job.layout(shard), shard, epoch),
             model=job.teacher.model,
             temperature=job.settings.records.temperature,
             mean=job.eyes.mean,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nrrdd_format.errors import TeacherError
-from nrrdd_format.pairs import PairRecords, RecordLayout, draw_pairs
+from nrrdd_format.pairs import PairRecords
 from nrrdd_format.replay import plan_batch, replay
 
 BATCH = 250
@@ -23,22 +23,19 @@ BATCH = 250
 def relabel_epoch(
     images: Tensor,
     labels: NDArray[np.int64],
-    layout: RecordLayout,
+    records: PairRecords,
     *,
-    shard: int,
-    epoch: int,
     model: nn.Module,
     temperature: float,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> NDArray[np.float32]:
-    """Distances of all pairs of one stored epoch of one shard.
+    """Distances of some pairs of one stored epoch of one shard.
 
     Args:
         images: (n, 3, S, S) uint8 on the teacher's device, as decoded from the shard's bytes.
         labels: (n,) classes of the images.
-        layout: which pairs, views and mixes the epoch holds.
-        shard, epoch: which of them.
+        records: the pairs, their views and mixes.
         model: the teacher, in eval mode.
         temperature: τ of the softmax.
         mean, std: the teacher's normalisation.
@@ -49,7 +46,6 @@ def relabel_epoch(
     Raises:
         TeacherError: a distance is not finite.
     """
-    records = draw_pairs(layout, shard, epoch)
     parts = []
     for start in range(0, len(records), BATCH):
         pairs = records.take(np.arange(start, min(start + BATCH, len(records))))
@@ -57,8 +53,7 @@ def relabel_epoch(
     distances = np.concatenate(parts, axis=1)
     if not np.isfinite(distances).all():
         raise TeacherError(
-            f"shard {shard}, epoch {epoch}: the teacher gives a distance that is not finite; its weights are damaged "
-            f"or its logits overflow"
+            "the teacher gives a distance that is not finite; its weights are damaged or its logits overflow"
         )
     return distances
 

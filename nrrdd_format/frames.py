@@ -11,13 +11,13 @@ import msgpack
 import zstandard
 
 from nrrdd_format.compression import decompress, stated_size
-from nrrdd_format.errors import FormatError
+from nrrdd_format.errors import ConfigError, FormatError
 from nrrdd_format.limits import MAX_EPOCHS, MAX_HEADER_BYTES, MAX_IMAGES
 
 PREFIX = struct.Struct("<II")
 _MAX_LIST = max(MAX_EPOCHS, MAX_IMAGES + 1)
-_MAX_LISTS = MAX_IMAGES + 8
-_MAX_MAPS = 8
+_MAX_ENTRIES = 4 * MAX_IMAGES + 64  # of all lists together: a row of three for each member
+_MAX_KEYS = 64  # of all maps together
 _ZSTD_LEVEL = 19
 
 
@@ -25,7 +25,9 @@ def pack_frame(content: dict[str, Any]) -> bytes:
     """Frame a map of plain values."""
     packed: bytes = msgpack.packb(content, use_bin_type=True)
     if len(packed) > MAX_HEADER_BYTES:
-        raise ValueError(f"header of {len(packed)} bytes is over the limit of {MAX_HEADER_BYTES}")
+        raise ConfigError(
+            f"header of {len(packed)} bytes, expected at most {MAX_HEADER_BYTES}: put fewer images in a shard"
+        )
     payload = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(packed)
     return PREFIX.pack(len(payload), zlib.crc32(payload)) + payload
 
@@ -63,8 +65,8 @@ def _unpack_map(packed: bytes) -> dict[str, Any]:
             max_array_len=_MAX_LIST,
             max_map_len=64,
             max_ext_len=0,
-            list_hook=_at_most(_MAX_LISTS, "lists"),
-            object_pairs_hook=_unique_at_most(_MAX_MAPS),
+            list_hook=_at_most(_MAX_ENTRIES, "list entries"),
+            object_pairs_hook=_unique_at_most(_MAX_KEYS),
         )
     except (ValueError, msgpack.UnpackException) as error:  # malformed, or longer than allowed
         raise FormatError(f"header is not the expected msgpack: {error}") from None
@@ -75,7 +77,7 @@ def _unpack_map(packed: bytes) -> dict[str, Any]:
 
 def _unique_at_most(limit: int) -> Callable[[list[tuple[Any, Any]]], dict[Any, Any]]:
     """Makes maps of pairs, each key once, and counts them."""
-    count = _at_most(limit, "maps")
+    count = _at_most(limit, "map keys")
 
     def make(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
         made = dict(pairs)
@@ -88,12 +90,12 @@ def _unique_at_most(limit: int) -> Callable[[list[tuple[Any, Any]]], dict[Any, A
 
 
 def _at_most(limit: int, what: str) -> Callable[[Any], Any]:
-    """Counts containers while they are decoded: millions of empty ones fit into a few bytes."""
+    """Counts containers and what they hold while they are decoded: millions of empty ones fit into a few bytes."""
     count = 0
 
     def check(value: Any) -> Any:
         nonlocal count
-        count += 1
+        count += max(1, len(value))
         if count > limit:
             raise ValueError(f"more than {limit} {what}")
         return value

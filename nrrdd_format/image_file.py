@@ -24,19 +24,36 @@ _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff])")
 _JPEG_SCAN_END = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # in compressed data, FF stands before 00 or a restart
 
 
+_MODES = ("RGB", "L")
+_SCAN = b"\xff\xda"
+_MAX_SCANS = 64
+
+
+def check_scans(data: bytes) -> None:
+    """Refuses a JPEG with more scans than any encoder makes: each costs as much time as the whole image.
+
+    The marker cannot stand inside compressed data. Raises FormatError.
+    """
+    if data.startswith(b"\xff\xd8") and (scans := data.count(_SCAN)) > _MAX_SCANS:
+        raise FormatError(f"is a JPEG of about {scans} scans, expected at most {_MAX_SCANS}")
+
+
 def check_image(data: bytes, codec: Codec, size: int) -> None:
     """Decode an image and check that it ends where its file ends.
 
     Its header must state the codec and S × S pixels before any pixel is decoded. Raises FormatError.
     """
+    check_scans(data)
     try:
         with Image.open(io.BytesIO(data), formats=(codec.upper(),)) as image:
-            if image.size == (size, size):
+            if image.size == (size, size) and image.mode in _MODES:
                 image.load()
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
         raise FormatError(f"is not a whole {codec} image: {decoder_words(error)}") from None
     if image.size != (size, size):
         raise FormatError(f"image is {image.size[0]}x{image.size[1]}, expected {size}x{size} (manifest)")
+    if image.mode not in _MODES:
+        raise FormatError(f"image has pixels of kind {image.mode}, expected 8-bit RGB or grey")
     try:
         end = {"jpeg": _jpeg_end, "png": _png_end, "webp": _webp_end}[codec](data)
     except (IndexError, struct.error):  # a length that points past the end

@@ -10,15 +10,18 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from nrrdd_format.errors import FormatError, shown
-from nrrdd_format.limits import MAX_DEPTH, MAX_TEXT
+from nrrdd_format.limits import MAX_DEPTH, MAX_TEXT, MAX_VALUES
 
 T = TypeVar("T")
-_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape them alone, UTF-8 cannot hold them
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, and what UTF-8 cannot hold
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
 def parse_json(text: bytes) -> dict[str, Any]:
     """A JSON object without NaN, infinities or repeated keys. Raises FormatError."""
+    values = sum(map(text.count, (b",", b"[", b"{")))
+    if values > MAX_VALUES:  # a short text of millions of empty lists would fill gigabytes
+        raise FormatError(f"holds about {values} values, expected at most {MAX_VALUES}")
     try:
         value = json.loads(
             text.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique
@@ -161,4 +164,4 @@ def is_number(value: Any, low: float, high: float) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and 1 <= len(value) <= MAX_TEXT and not _SURROGATE.search(value)
+    return isinstance(value, str) and 1 <= len(value) <= MAX_TEXT and not _UNPRINTABLE.search(value)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-MAX_MANIFEST_BYTES = 64 * 2**20
+MAX_MANIFEST_BYTES = 32 * 2**20
 MAX_SHARDS = 65536
-MAX_CLASSES = 2**20
+MAX_CLASSES = 2**17
 MAX_TEXT = 4096  # characters in one string of the manifest
+MAX_VALUES = 1_500_000  # values in the manifest, about: commas and brackets
 MAX_DEPTH = 64  # objects and lists inside each other in the manifest
 MAX_IMAGE_SIDE = 4096  # pixels
 MAX_VIEWS = 65536
@@ -20,4 +21,4 @@ MAX_IMAGE_BYTES = 16 * 2**20  # one image member
 MAX_MEMBER_BYTES = 8**11 - 1  # the largest size a USTAR header can state
 MAX_EPOCHS = 65536
 MAX_INDEX = 10**9  # an image's number in the whole dataset
-MAX_BLOCK_CONTENT = 256 * 2**20  # a record block, decompressed
+MAX_BLOCK_CONTENT = 16 * 2**20  # a record block, decompressed

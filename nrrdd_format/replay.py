@@ -17,19 +17,15 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision.io  # noqa: F401  it brings torch.ops.image
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from nrrdd_format.errors import FormatError
-from nrrdd_format.image_file import decoder_words
+from nrrdd_format.image_file import check_scans, decoder_words
 from nrrdd_format.pairs import PairRecords
 
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP")
-# The operator behind torchvision's decode_jpeg, which is deprecated and may go: Pillow then decodes to the same pixels.
-_FAST_JPEG = hasattr(torch.ops.image, "decode_jpeg")
-_RGB = 3  # torchvision's ImageReadMode.RGB
 
 
 def decode_image(data: bytes, size: int) -> Tensor:
@@ -47,26 +43,17 @@ def decode_image(data: bytes, size: int) -> Tensor:
     Raises:
         FormatError: no such image, or another size. The caller adds shard and member (`FormatError.located`).
     """
+    check_scans(data)
     try:
         picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
         if picture.size == (size, size):
-            return _decode_pixels(picture, data)
-    except Exception as error:  # decoders raise whatever they stumble over
+            rgb = picture if picture.mode == "RGB" else picture.convert("RGB")  # which copies even then
+            return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+    except Exception as error:  # Pillow's decoders raise whatever they stumble over
         found = decoder_words(error)
         raise FormatError(f"not a readable JPEG, PNG or WebP image ({found}); fetch the file again") from error
     width, height = picture.size
     raise FormatError(f"image of {width}x{height} pixels, expected {size}x{size} as in the manifest")
-
-
-def _decode_pixels(picture: Image.Image, data: bytes) -> Tensor:
-    """All of an opened image: (3, S, S) uint8; a fifth less time than Pillow's where it is a common JPEG."""
-    if _FAST_JPEG and picture.format == "JPEG" and picture.mode in ("RGB", "L"):
-        # bytearray: torch warns of memory that it must not write to.
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        decoded: Tensor = torch.ops.image.decode_jpeg(encoded, _RGB, False)
-        return decoded
-    rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
 def stack_images(images: Sequence[Tensor]) -> Tensor:

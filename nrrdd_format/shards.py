@@ -132,6 +132,7 @@ def _check_content(
     _require(extension in EXTENSIONS, f"image extension {extension!r}: expected one of {', '.join(EXTENSIONS)}")
     _require(len(images) == layout.images, f"shard {shard}: {len(images)} images, expected {layout.images}")
     _require(1 <= epochs <= MAX_EPOCHS, f"shard {shard}: {epochs} epochs, expected 1..{MAX_EPOCHS}")
+    max_block_bytes(layout)  # raises where the blocks are over the limit
     count = block_count(layout, epochs)
     _require(len(blocks) == count, f"shard {shard}: {len(blocks)} record blocks, expected {count}")
     _require(len({i.index for i in images}) == len(images), f"shard {shard}: an image index appears twice")

@@ -43,16 +43,14 @@ def _label(shard: ShardReader, manifest: Manifest, teacher: Teacher, change: Cha
 
 
 def _labelled(shard: ShardReader, data: list[bytes], manifest: Manifest, teacher: Teacher, epoch: int) -> PairRecords:
-    info = manifest.images
+    info, pairs = manifest.images, draw_pairs(shard.layout, shard.shard, epoch)
     org, aug = relabel_epoch(
         stack_images([decode_image(one, info.size) for one in data]),
         shard.labels,
-        shard.layout,
-        shard=shard.shard,
-        epoch=epoch,
+        pairs,
         model=teacher.model,
         temperature=manifest.records.temperature,
         mean=info.mean,
         std=info.std,
     )
-    return replace(draw_pairs(shard.layout, shard.shard, epoch), distance_org=org, distance_aug=aug)
+    return replace(pairs, distance_org=org, distance_aug=aug)

@@ -15,6 +15,7 @@ from make_dataset import make_tiny_dataset
 from tiny_dataset import tiny_manifest, write_tiny
 
 from benchmarks import storage_footprint
+from benchmarks.exact_distances import load_sample
 from benchmarks.fkd_store import FkdStore
 from benchmarks.footprint import (
     Footprint,
@@ -36,6 +37,7 @@ from nrrdd_format.dataset import DistilledDataset, open_dataset
 from nrrdd_format.errors import ConfigError
 from nrrdd_format.manifest import MANIFEST_NAME
 from nrrdd_format.pairs import Coding, PairRecords
+from nrrdd_format.reshard import reshard_dataset
 from nrrdd_format.verify import verify_dataset
 
 IMAGES, EPOCHS = 12, 3
@@ -205,6 +207,25 @@ def test_the_model_shard_is_a_sound_dataset(coding: Coding, tmp_path: Path) -> N
         assert len(dataset.manifest.dataset.class_names) == 1000 and len(records) == 1000
     drawn = {tuple(pair) for pair in zip(records.distance_org, records.distance_aug, strict=True)}
     assert drawn == {tuple(levels[quantize(pair, levels)]) for pair in sample.T}
+
+
+def test_records_stay_within_their_budget(tmp_path: Path) -> None:
+    """Twenty epochs of the storage benchmark's shard, with the distances of a teacher of a hundred classes."""
+    sample = load_sample(storage_footprint.DISTANCES / f"{storage_footprint.SAMPLE}.npy")
+    budgets: dict[Coding, float] = {"explicit": 3.4, "derived": 0.9}
+    for coding, budget in budgets.items():
+        (tmp_path / coding).mkdir()
+        with open_dataset(write_model_shard(tmp_path / coding, coding, sample, epochs=20)) as dataset:
+            footprint = measure(dataset)
+        assert footprint.records / footprint.pairs <= budget
+
+
+def test_a_resharded_dataset_is_measured_as_it_is(tmp_path: Path) -> None:
+    path = make_tiny_dataset(tmp_path / "data", cycle=3, mix_group=2)
+    reshard_dataset(path, 12, tmp_path / "joined")
+    assert storage_footprint.main([str(tmp_path / "joined"), "--json", str(tmp_path / "rows.json")]) == 0
+    names = [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]]
+    assert [name for name in names if name.startswith("tiny")] == ["tiny IPC 4, explicit"]
 
 
 def test_the_preset_measures_both_codings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,6 @@ EXIF = b"Exif\x00\x00II*\x00\x08\x00\x00\x00" + bytes(6)  # a table without entr
 WHOLE: list[tuple[Codec, bytes]] = [
     ("png", picture("png")),
     ("png", picture("png", mode="L")),
-    ("png", picture("png", mode="P")),
     ("jpeg", picture("jpeg", quality=90)),
     ("jpeg", picture("jpeg", progressive=True)),  # several scans
     ("jpeg", picture("jpeg", mode="L", restart_marker_blocks=1)),
@@ -47,6 +46,21 @@ WHOLE: list[tuple[Codec, bytes]] = [
 @pytest.mark.parametrize(("codec", "data"), WHOLE)
 def test_whole_files_pass(codec: Codec, data: bytes) -> None:
     check_image(data, codec, SIZE)
+
+
+@pytest.mark.parametrize(("codec", "mode"), [("png", "P"), ("png", "RGBA"), ("png", "1"), ("jpeg", "CMYK")])
+def test_other_kinds_of_pixels_are_refused(codec: Codec, mode: str) -> None:
+    """How they become RGB is each decoder's own, and the distances hold for one only."""
+    with pytest.raises(FormatError, match=f"pixels of kind {mode}, expected 8-bit RGB or grey"):
+        check_image(picture(codec, mode=mode), codec, SIZE)
+
+
+def test_a_jpeg_that_repeats_a_scan_is_refused() -> None:
+    """Each costs as much time as the whole image."""
+    data = picture("jpeg", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    with pytest.raises(FormatError, match=r"is a JPEG of about 1[0-9]{2} scans, expected at most 64"):
+        check_image(data[:last] + data[last:-2] * 100 + data[-2:], "jpeg", SIZE)
 
 
 @pytest.mark.parametrize(("codec", "data"), WHOLE)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
+from dataclasses import fields
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -226,6 +230,100 @@ def test_half_precision_logits_are_computed_in_float32(dtype: torch.dtype) -> No
         assert torch.equal(result, loss(narrow.float(), BATCH))
         assert torch.isfinite(result)
     assert torch.isfinite(SoftLoss()(narrow, BATCH, narrow.flip(0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("loss", [DBRLoss(), DBRLoss(sce="target"), OneHotLoss(), CompactLoss()])
+def test_autocast_leaves_the_loss_in_float32(loss: nn.Module, dtype: torch.dtype) -> None:
+    """Under autocast the network's logits are narrow; the loss is that of the same logits without autocast."""
+    network = nn.Linear(8, CLASSES, bias=False)
+    inputs = torch.randn(len(BATCH), 8, generator=torch.Generator().manual_seed(5))
+    with torch.autocast("cpu", dtype):
+        logits = network(inputs)
+        inside = loss(logits, BATCH)
+    assert logits.dtype == dtype
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, loss(logits, BATCH))
+    inside.backward()
+    assert network.weight.grad is not None
+    assert torch.isfinite(network.weight.grad).all()
+
+
+@pytest.mark.parametrize("distance", get_args(Distance))
+@pytest.mark.parametrize("sce", get_args(Sce))
+def test_float32_gradients_are_those_of_float64(sce: Sce, distance: Distance) -> None:
+    loss = DBRLoss(sce=sce, distance=distance)
+
+    def gradient(logits: Tensor) -> Tensor:
+        leaf = logits.clone().requires_grad_()
+        loss(leaf, BATCH).backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    torch.testing.assert_close(gradient(LOGITS).double(), gradient(LOGITS.double()), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("distance", get_args(Distance))
+@pytest.mark.parametrize("sce", get_args(Sce))
+def test_dbr_compiles_to_one_graph(sce: Sce, distance: Distance) -> None:
+    """No break in the graph; the backend runs the captured operators, so that no compiler is needed."""
+    loss = DBRLoss(sce=sce, distance=distance)
+    assert_same_when_compiled(loss, backend="aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler for the CPU")
+def test_dbr_compiles_to_machine_code() -> None:
+    assert_same_when_compiled(DBRLoss(), backend="inductor")
+
+
+def assert_same_when_compiled(loss: DBRLoss, backend: str) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    plain, other = LOGITS.clone().requires_grad_(), LOGITS.clone().requires_grad_()
+    expected, found = loss(plain, BATCH), compiled(other, BATCH)
+    torch.autograd.backward([expected, found])
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(other.grad, plain.grad)
+
+
+def test_gradients_under_ddp_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    """Each process has a part of the pairs, all parts being equally large."""
+    context = torch.multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=ddp_gradient, args=(rank, tmp_path)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0, 0]
+    network = ddp_network()
+    DBRLoss()(network(torch.eye(4, 8)), part_of_batch(0, 4)).backward()
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(found, network.weight.grad)
+
+
+def ddp_gradient(rank: int, folder: Path) -> None:
+    """What one of two processes computes; it leaves the weights' gradient in `folder`."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(ddp_network())
+        mine = slice(2 * rank, 2 * rank + 2)
+        DBRLoss()(parallel(torch.eye(4, 8)[mine]), part_of_batch(mine.start, mine.stop)).backward()
+        torch.save(parallel.module.weight.grad, folder / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def ddp_network() -> nn.Linear:
+    network = nn.Linear(8, CLASSES, bias=False)
+    with torch.no_grad():
+        network.weight.copy_(torch.arange(8.0 * CLASSES).reshape(CLASSES, 8).sin())
+    return network
+
+
+def part_of_batch(start: int, stop: int) -> DBRBatch:
+    return DBRBatch(**{field.name: getattr(BATCH, field.name)[start:stop] for field in fields(BATCH)})
 
 
 def test_half_precision_gradients_are_finite() -> None:

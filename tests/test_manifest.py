@@ -254,6 +254,6 @@ def test_what_no_reader_would_accept_is_not_written(tmp_path: Path) -> None:
 
 def test_names_in_any_script_survive(tmp_path: Path) -> None:
     manifest = tiny_manifest()
-    names = ("étoile", "四角", "🐟\n")
+    names = ("étoile", "四角", "🐟 é")
     replace(manifest, dataset=replace(manifest.dataset, class_names=names)).save(tmp_path / "dataset.json")
     assert Manifest.load(tmp_path / "dataset.json").dataset.class_names == names

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from nrrdd_format.dataset import open_dataset
 SHARDS = 32
 IMAGES = 1920
 IMAGE_BYTES = 3 * 96 * 96  # decoded: 53 MB in all
-FORK = multiprocessing.get_context("fork")
+SPAWN = multiprocessing.get_context("spawn")  # a forked process would begin with what this one has used
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc; resident memory is counted otherwise")
 
 
@@ -39,9 +37,9 @@ def two_shards_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def peak_growth(path: Path, num_workers: int, cache_bytes: int) -> int:
-    """Bytes by which the peak resident memory of the process that reads grows in an epoch, after ten batches."""
-    queue = FORK.SimpleQueue()
-    process = FORK.Process(target=_read, args=(path, num_workers, cache_bytes, queue))
+    """Bytes by which the memory of the process that reads grows in an epoch beyond what ten batches take."""
+    queue = SPAWN.SimpleQueue()
+    process = SPAWN.Process(target=_read, args=(path, num_workers, cache_bytes, queue))
     process.start()
     process.join()
     assert process.exitcode == 0
@@ -50,17 +48,17 @@ def peak_growth(path: Path, num_workers: int, cache_bytes: int) -> int:
 
 
 def _read(path: Path, num_workers: int, cache_bytes: int, queue: Any) -> None:
-    who = resource.RUSAGE_CHILDREN if num_workers else resource.RUSAGE_SELF
-    peaks = []
-    for batches in (10, None):
-        loader = DBRLoader(path, 20, num_workers=num_workers, cache_bytes=cache_bytes)
-        for number, _ in enumerate(loader):
-            if number == batches:
-                break
-        del loader
-        gc.collect()  # ends the workers, whose memory is counted then
-        peaks.append(resource.getrusage(who).ru_maxrss * 1024)
-    queue.put(peaks[1] - peaks[0])
+    order.WINDOW_SHARDS = (2, 2)
+    loader = DBRLoader(path, 20, num_workers=num_workers, cache_bytes=cache_bytes)
+    used = [_anonymous(workers=num_workers > 0) for _ in loader]
+    queue.put(max(used) - max(used[:10]))
+
+
+def _anonymous(*, workers: bool) -> int:
+    """Bytes of memory that this process, or its workers, have filled; the pages of files come and go as Linux likes."""
+    pids = Path("/proc/self/task", str(os.getpid()), "children").read_text().split() if workers else ["self"]
+    lines = [line for pid in pids for line in Path("/proc", pid, "status").read_text().splitlines()]
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
 @on_linux

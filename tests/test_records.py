@@ -321,7 +321,7 @@ def test_a_block_of_fewer_epochs_than_it_should_hold_is_refused() -> None:
 
 
 def test_blocks_over_the_limit_are_refused_before_they_are_read() -> None:
-    with pytest.raises(FormatError, match=r"record blocks of \d+ bytes, expected at most 268435456"):
+    with pytest.raises(FormatError, match=r"record blocks of \d+ bytes, expected at most 16777216"):
         max_block_bytes(make_layout(coding="verbatim", images=262144, block_epochs=300))
 
 

@@ -394,16 +394,23 @@ BROKEN: dict[str, Sequence[Broken]] = {
 
 # By the first column of the table in section 2, whose rule is R4.
 BEYOND_LIMITS: dict[str, Sequence[Broken]] = {
-    "manifest": [Broken("64 MiB + 1", text(lambda t: t.ljust(2**26 + 1)), "67108865 bytes, expected at most 67108864")],
+    "manifest": [
+        Broken("32 MiB + 1", text(lambda t: t.ljust(2**25 + 1)), "33554433 bytes, expected at most 33554432"),
+        Broken("values", manifest("method", "many", value=[0] * 1_500_001), r"values, expected at most 1500000"),
+    ],
     "shards": [
         Broken("65 537", stated(lambda c: c.update(shards=c["shards"][:1] * 65537)), "shards is a list of 65537")
     ],
-    "classes": [Broken("2^20 + 1", manifest("dataset", "class_names", value=["a"] * (2**20 + 1)), "a list of 1048577")],
+    "classes": [
+        Broken("2^17 + 1", manifest("dataset", "class_names", value=["a"] * (2**17 + 1)), "a list of 131073"),
+        Broken("none", manifest("dataset", "class_names", value=[]), "a list of 0"),
+    ],
     "objects and lists inside each other in the manifest": [
         Broken("65", manifest("method", "deep", value=json.loads("[" * 63 + "]" * 63)), "nested deeper than 64 levels")
     ],
     "one text in the manifest": [
         Broken("4097", manifest("dataset", "name", value="x" * 4097), r"dataset\.name is 'xxx"),
+        Broken("a control", manifest("dataset", "name", value="a\x1b[31m"), r"dataset\.name is 'a"),
         Broken("half a character", manifest("dataset", "name", value="a\ud800"), r"dataset\.name is 'a"),
     ],
     "image side": [
@@ -426,9 +433,9 @@ BEYOND_LIMITS: dict[str, Sequence[Broken]] = {
         Broken(
             "msgpack", sealed(header_frame=lambda p: frame(p + bytes(2**23))), "header states 8388.* expected at most"
         ),
-        Broken("maps", sealed(header=field("news", [{}] * 8)), "more than 8 maps"),
-        Broken("lists", sealed(header=field("news", [[[]] * 200_000, [[]] * 70_000])), "more than 262152 lists"),
-        Broken("maps in the head", sealed(head=field("news", [{}] * 8)), "more than 8 maps"),
+        Broken("keys", sealed(header=field("news", {f"{k}": 0 for k in range(64)})), "more than 64 map keys"),
+        Broken("lists", sealed(header=field("news", [[0] * 250_000] * 5)), "more than 1048640 list entries"),
+        Broken("keys in the head", sealed(head=field("news", [{}] * 70)), "more than 64 map keys"),
     ],
     "images, and pairs an epoch, of one shard": [
         Broken("1", many(1), r"shards\[0\]\.images is 1,"),
@@ -448,7 +455,7 @@ BEYOND_LIMITS: dict[str, Sequence[Broken]] = {
         Broken("65 537", manifest("records", "epochs", value=65537), r"records\.epochs is 65537"),
         Broken("in a shard", sealed(header=field("epochs", 65537)), "epochs is 65537"),
     ],
-    "content of one record block": [Broken("more than 256 MiB", long_blocks, "expected at most 268435456")],
+    "content of one record block": [Broken("more than 16 MiB", long_blocks, "expected at most 16777216")],
     "one record block": [Broken("536 too many", block(lambda b: b + bytes(24 + 512)), "block size is")],
 }
 

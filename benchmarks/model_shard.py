@@ -44,7 +44,7 @@ def write_model_shard(folder: Path, coding: Coding, sample: Distances, *, epochs
     entry = write_shard(
         folder / shard_name(0),
         shard=0,
-        images=[EncodedImage(index=k, label=k % CLASSES, data=_picture(seed, k)) for k in range(IMAGES)],
+        images=[EncodedImage(index=k, label=k % CLASSES, data=picture(seed, k)) for k in range(IMAGES)],
         extension="jpg",
         blocks=encode_shard_records(_epochs(layout, sample, epochs, seed), layout, 0),
         epochs=epochs,
@@ -96,7 +96,7 @@ def _epochs(layout: RecordLayout, sample: Distances, epochs: int, seed: int) -> 
         yield replace(draw_pairs(layout, 0, epoch), distance_org=org, distance_aug=aug)
 
 
-def _picture(seed: int, index: int) -> bytes:
+def picture(seed: int, index: int) -> bytes:
     """A generated JPEG about as large as one of a distilled photograph, 17 KB."""
     coarse = draws.integers(seed, "model-image", index, count=16 * 16 * 3, high=256).astype(np.uint8)
     picture = Image.fromarray(coarse.reshape(16, 16, 3)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)

@@ -37,7 +37,9 @@ from benchmarks.footprint import (
 )
 from benchmarks.level_spacings import measure_spacings, spacing_table
 from benchmarks.model_shard import block_bytes_per_pair, write_model_shard
+from benchmarks.model_store import measure_import
 from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
+from builders.import_fkd import ImportFacts
 from builders.models import create_model
 from builders.teacher import save_checkpoint
 from nrrdd_format.codebooks import distance_levels
@@ -170,12 +172,14 @@ def report(options: argparse.Namespace) -> int:
         rows = [*label_rows(any_dataset), *(dataset_row(each) for each in measured)]
     fits = measure_spacings(sorted(DISTANCES.glob("*.npy")))
     blocks = {} if options.preset is None else block_sizes(options.distances)
+    imported = None if options.preset is None else measure_import(load_sample(options.distances))
     tables = [
         imagenet_table(rows),
         disk_table(measured),
         entropy_table(samples),
         spacing_table(fits),
         block_table(blocks),
+        import_table(imported),
         accuracy_table(points),
     ]
     text = "\n\n".join(table for table in tables if table)
@@ -187,6 +191,7 @@ def report(options: argparse.Namespace) -> int:
         "distances": samples,
         "spacings": [asdict(fit) for fit in fits],
         "derived_bytes_per_pair_by_block_epochs": blocks,
+        "imported_store": None if imported is None else asdict(imported),
         "points": [asdict(point) for point in points],
     }
     if options.json is not None:
@@ -390,6 +395,29 @@ def block_table(sizes: dict[int, float]) -> str:
         if sizes
         else ""
     )
+
+
+def import_table(facts: ImportFacts | None) -> str:
+    """What `nrrdd import-fkd` makes of a store of soft labels; empty without one."""
+    if facts is None:
+        return ""
+    header = [
+        "an FKD store imported",
+        "images",
+        "epochs",
+        "store, bytes a pair",
+        "labels, bytes a pair",
+        "times smaller",
+    ]
+    row = [
+        "1000 classes, fp16",
+        f"{facts.images:,}",
+        str(facts.epochs),
+        f"{facts.store_bytes / facts.pairs:.1f}",
+        f"{facts.label_bytes / facts.pairs:.2f}",
+        f"{facts.ratio:.0f}",
+    ]
+    return markdown_table(header, [row])
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:

@@ -29,6 +29,7 @@ from benchmarks.footprint import (
 )
 from benchmarks.grid import Cell, Grid, ImageKind, build_config, image_kind
 from benchmarks.model_shard import write_model_shard
+from benchmarks.model_store import measure_import
 from benchmarks.teacher import TeacherConfig
 from builders.config import plan_settings
 from builders.sources import load_source
@@ -230,6 +231,7 @@ def test_a_resharded_dataset_is_measured_as_it_is(tmp_path: Path) -> None:
 
 def test_the_preset_measures_both_codings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_footprint, "write_model_shard", partial(write_model_shard, epochs=2))
+    monkeypatch.setattr(storage_footprint, "measure_import", partial(measure_import, epochs=1))
     (tmp_path / "samples").mkdir()
     monkeypatch.setattr(storage_footprint, "DISTANCES", tmp_path / "samples")
     facts = {"dataset": "d", "classes": 3, "teacher": "t", "teacher_top1": 0.5, "pairs": 4}
@@ -245,6 +247,10 @@ def test_the_preset_measures_both_codings(tmp_path: Path, monkeypatch: pytest.Mo
     assert explicit["gigabytes"]["200"] == pytest.approx(explicit["bytes_per_pair"] * 60e6 / 1e9)
     assert rows["one-hot: the class in the image's name"]["ratio_to_fkd_fp16"] is None
     assert record["distances"][0]["joint_entropy_bits"] == pytest.approx(2)
+    imported = record["imported_store"]
+    assert (imported["images"], imported["pairs"]) == (1000, 1000)
+    assert 2000 < imported["store_bytes"] / imported["pairs"] < 2100
+    assert imported["label_bytes"] < imported["store_bytes"] / 10
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.footprint import measure_as, soft_label_bytes
+from benchmarks.footprint import codings_of, measure_as, soft_label_bytes
 from benchmarks.grid import ImageKind, image_kind
 from benchmarks.results_io import markdown_table
 from benchmarks.spread import spread
@@ -62,13 +62,11 @@ def _points(cells: Sequence[dict[str, Any]], dataset: DistilledDataset) -> Itera
     here = [cell for cell in cells if all(cell[name] == value for name, value in key.items())]
     if not here:
         return
-    explicit, derived = (measure_as(dataset, coding).labels for coding in ("explicit", "derived"))
+    sizes = {coding: measure_as(dataset, coding).labels for coding in codings_of(dataset)}
     stored = [
         ("one-hot", "one-hot: the image's name", 0.0),
-        ("compact", "compact, explicit", explicit),
-        ("compact", "compact, derived", derived),
-        ("dbr", "DBR, explicit", explicit),
-        ("dbr", "DBR, derived", derived),
+        *(("compact", f"compact, {coding}", size) for coding, size in sizes.items()),
+        *(("dbr", f"DBR, {coding}", size) for coding, size in sizes.items()),
         ("soft", "soft labels, fp16", soft_label_bytes(dataset)),
     ]
     for labels, name, size in stored:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,9 @@ from nrrdd_format.manifest import MANIFEST_NAME
 from nrrdd_format.pairs import Coding, PairRecords, RecordLayout
 from nrrdd_format.records import encode_block, encode_shard_records
 from nrrdd_format.shard_header import HEADER_NAME, RECORDS_NAME
-from nrrdd_format.shards import EncodedImage, ShardEntry, ShardReader, write_shard
+from nrrdd_format.shards import ShardEntry, ShardReader, write_shard
 
+CODINGS: tuple[Coding, ...] = ("explicit", "derived")
 FULL_BATCHES = 5
 
 
@@ -142,7 +143,13 @@ def recoded(dataset: DistilledDataset, coding: Coding) -> Iterator[DistilledData
             yield copy
 
 
-def is_derivable(dataset: DistilledDataset) -> bool:
+def codings_of(dataset: DistilledDataset) -> Sequence[Coding]:
+    """The codings a dataset is measured in: pairs that the format did not draw for its shards have no choice."""
+    coding = dataset.manifest.records.coding
+    return CODINGS if coding == "derived" or _is_derivable(dataset) else [coding]
+
+
+def _is_derivable(dataset: DistilledDataset) -> bool:
     """Whether the pairs of the first epoch are those that the format draws: derived records could hold them."""
     if dataset.manifest.records.coding == "verbatim":
         return False
@@ -187,10 +194,7 @@ def fkd_bytes_per_pair(pairs: PairRecords, *, size: int, num_classes: int, form:
 
 def epoch_pairs(dataset: DistilledDataset) -> PairRecords:
     """The pairs of the first stored epoch, of all shards."""
-    parts = [shard.records(0) for shard in dataset.shards]
-    return PairRecords(
-        **{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(PairRecords)}
-    )
+    return PairRecords.concatenate([shard.records(0) for shard in dataset.shards])
 
 
 def in_full_batches(pairs: PairRecords) -> PairRecords:
@@ -199,15 +203,11 @@ def in_full_batches(pairs: PairRecords) -> PairRecords:
 
 
 def _recode_shard(shard: ShardReader, layout: RecordLayout, epochs: int, path: Path) -> ShardEntry:
-    images = [
-        EncodedImage(index=index, label=label, data=shard.image_bytes(position))
-        for position, (index, label) in enumerate(zip(shard.indices.tolist(), shard.labels.tolist(), strict=True))
-    ]
     extension = Path(shard.header.members[0].name).suffix.removeprefix(".")
     return write_shard(
         path,
         shard=shard.shard,
-        images=images,
+        images=list(shard.encoded_images()),
         extension=extension,
         blocks=encode_shard_records(shard.all_records(), layout, shard.shard),
         epochs=epochs,

@@ -26,11 +26,12 @@ from benchmarks.command import run
 from benchmarks.exact_distances import joint_entropy, load_sample
 from benchmarks.fkd_store import Form
 from benchmarks.footprint import (
+    CODINGS,
     Footprint,
+    codings_of,
     epoch_pairs,
     fkd_bytes_per_pair,
     in_full_batches,
-    is_derivable,
     measure,
     recoded,
     soft_label_bytes,
@@ -58,7 +59,6 @@ IPCS = (10, 50, 200)
 PER_PAIR_IPC = 200
 """The number of images per class at which fixed costs are spread over the pairs."""
 EPOCHS = 300
-CODINGS: tuple[Coding, ...] = ("explicit", "derived")
 LPLD_PRUNING = 40
 TIMED_EPOCHS = 100
 BLOCK_EPOCHS = (1, 5, 10, 20, 60)
@@ -207,12 +207,6 @@ def open_with_shards(path: Path) -> DistilledDataset:
     if not dataset.manifest.shards:
         raise ConfigError(f"{path}: lists no shards, so there is nothing to measure")
     return dataset
-
-
-def codings_of(dataset: DistilledDataset) -> Sequence[Coding]:
-    """The codings a dataset is measured in: pairs that the format did not draw for its shards have no choice."""
-    coding = dataset.manifest.records.coding
-    return CODINGS if coding == "derived" or is_derivable(dataset) else [coding]
 
 
 def measure_preset(sample: Path) -> Iterator[Measured]:

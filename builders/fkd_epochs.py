@@ -9,7 +9,7 @@ Shapes: n images, P pairs an epoch, B pairs a batch, K classes, S the side in pi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +155,7 @@ class EpochReader:
             parts.append(batch_records(batch, images, labels, self._temperature))
             likeliest.append(batch.logits.argmax(1).numpy())
             progress.advance()
-        records = _concatenated(parts)
+        records = PairRecords.concatenate(parts)
         self._check_agreement(epoch, records, np.concatenate(likeliest))
         return records
 
@@ -183,11 +183,6 @@ class EpochReader:
             f"the store's (here {self._sampler_seed}), or other images; accept it as it is with --min-agreement",
             path=batch_path(self._source.store, epoch, 0).parent,
         )
-
-
-def _concatenated(parts: list[PairRecords]) -> PairRecords:
-    names = [field.name for field in fields(PairRecords)]
-    return PairRecords(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
 def batch_records(

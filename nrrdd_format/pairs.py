@@ -5,6 +5,7 @@ Shapes: n images a shard, P pairs an epoch, G = ceil(P / mix_group) mix groups, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -110,6 +111,11 @@ class PairRecords:
     def take(self, pairs: NDArray[np.int64] | slice) -> PairRecords:
         """The chosen pairs, in the order given."""
         return PairRecords(**{f.name: getattr(self, f.name)[pairs] for f in fields(self)})
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[PairRecords]) -> PairRecords:
+        """The pairs of all parts, one part after the other."""
+        return cls(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

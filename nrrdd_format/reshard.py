@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from nrrdd_format.limits import MAX_DRAWN_IMAGES, MAX_IMAGES
 from nrrdd_format.manifest import CODEC_EXTENSIONS, MANIFEST_NAME, Manifest, manifest_path
 from nrrdd_format.pairs import PairRecords, cycle_bounds
 from nrrdd_format.records import encode_shard_records
-from nrrdd_format.shards import EncodedImage, ShardEntry, ShardReader, shard_number, write_shard
+from nrrdd_format.shards import ShardEntry, ShardReader, shard_number, write_shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def _join(source: Path, before: Manifest, after: Manifest, group: range, folder:
     """Writes one shard that holds the images and pairs of the shards in `group`."""
     readers = [open_shard(source, before, index) for index in group]
     entries = [before.shards[index] for index in group]
-    images = [image for reader in readers for image in _images(reader)]
+    images = [image for reader in readers for image in reader.encoded_images()]
     layout = after.layout_for(len(images), sum(entry.pairs_per_epoch for entry in entries))
     shard, epochs = shard_number(entries[0].name), before.records.epochs
     return write_shard(
@@ -135,22 +135,11 @@ def _join(source: Path, before: Manifest, after: Manifest, group: range, folder:
     )
 
 
-def _images(reader: ShardReader) -> Iterator[EncodedImage]:
-    for image, (index, label) in enumerate(zip(reader.indices.tolist(), reader.labels.tolist(), strict=True)):
-        yield EncodedImage(index=index, label=label, data=reader.image_bytes(image))
-
-
 def _joined_epochs(readers: Sequence[ShardReader]) -> Iterator[PairRecords]:
     shifts = np.cumsum([0, *(reader.images for reader in readers)])
     for parts in zip(*(reader.all_records() for reader in readers), strict=True):
-        yield _concatenate([_shifted(records, shift) for records, shift in zip(parts, shifts, strict=False)])
+        yield PairRecords.concatenate([_shifted(records, shift) for records, shift in zip(parts, shifts, strict=False)])
 
 
 def _shifted(records: PairRecords, shift: int) -> PairRecords:
     return replace(records, index_org=records.index_org + shift, index_aug=records.index_aug + shift)
-
-
-def _concatenate(parts: Sequence[PairRecords]) -> PairRecords:
-    return PairRecords(
-        **{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(PairRecords)}
-    )

@@ -204,6 +204,11 @@ class ShardReader:
         self._check_crc(zlib.crc32(data), member, offset + tar.BLOCK)
         return data
 
+    def encoded_images(self) -> Iterator[EncodedImage]:
+        """All images with their numbers and labels, as `write_shard` takes them."""
+        for image, (index, label) in enumerate(zip(self.indices.tolist(), self.labels.tolist(), strict=True)):
+            yield EncodedImage(index=index, label=label, data=self.image_bytes(image))
+
     @property
     def blocks(self) -> int:
         """Number of record blocks, whose table is read and checked."""

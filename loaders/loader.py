@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 from loaders.bad_shards import find_bad_shards
 from loaders.batch import DBRBatch, PlannedBatch
 from loaders.cache import ShardCache, default_cache_dir
+from loaders.delivery import Parcel, Slots, keep_freed_memory
 from loaders.order import EpochSteps, ShardPairs, epoch_steps, rank_slice
 from loaders.ranks import Agreement, distributed_ranks
 from loaders.reading import Assignment, BatchReader, Reading
@@ -64,8 +65,9 @@ class DBRLoader:
     Memory, beside what torch takes in every process, depends on none of the dataset's size: in each reading process
     (the workers, or this one) `cache_bytes`; for the pairs of two windows 64 bytes, and for their images 500 bytes
     each; and the batch that is being read, 3 * S^2 bytes for each of its images and, with device "cpu",
-    12 * S^2 for each pair. Two finished batches a worker wait for the training loop. At most two windows of shards
-    are open.
+    12 * S^2 for each pair. Two finished batches a worker wait for the training loop, in shared memory that is used
+    again and again: with W workers 2 * W + 2 batches in all, and more only if the loop keeps more. At most two windows
+    of shards are open.
 
     Where torch.distributed is initialised, the ranks agree on every batch before they hand it out (one number
     goes round on the CPU), so a rank that cannot go on raises on all of them. All have to iterate alike.
@@ -160,9 +162,9 @@ class DBRLoader:
         self._epoch = 0
         self._consumed = 0  # pairs of the epoch that all ranks together have been given
         self._resume_at = 0  # where the next iteration starts, if a state was loaded
+        self._all_given = False  # a loop may stop at the last batch without asking for another
         self._warned = False
         self._compared = False
-        self._assignments = _Assignments()
         self._torch_loader = self._new_torch_loader()
         _require(
             len(self) > 0,
@@ -176,6 +178,8 @@ class DBRLoader:
 
     def __iter__(self) -> Iterator[DBRBatch]:
         """The batches of the current epoch (after `load_state_dict`: its rest); then the epoch advances."""
+        if self._all_given:
+            self._turn_to(self._epoch + 1)
         epoch = self._epoch
         self._consumed, self._resume_at = self._resume_at, 0
         self._warn_when_repeating(epoch)
@@ -183,10 +187,11 @@ class DBRLoader:
         self._compare_ranks()
         steps = self._steps(self._consumed)
         self._assignments.set(epoch, steps, rank=rank, world_size=world_size)
+        last = steps.stop
         for (_, stop), batch in zip(steps, map(self._finished, self._readings()), strict=True):
-            self._consumed = stop
+            self._consumed, self._all_given = stop, stop == last
             yield batch
-        self._epoch, self._consumed = epoch + 1, 0
+        self._turn_to(epoch + 1)
 
     @property
     def epoch(self) -> int:
@@ -196,8 +201,8 @@ class DBRLoader:
     def set_epoch(self, epoch: int) -> None:
         """Makes `epoch` (from 0) the next to iterate; naming the current one keeps a loaded position."""
         _require(epoch >= 0, f"epoch: found {epoch}, expected 0 or more")
-        if epoch != self._epoch:
-            self._epoch, self._consumed, self._resume_at = epoch, 0, 0
+        if epoch != self._epoch or self._all_given:
+            self._turn_to(epoch)
 
     def state_dict(self) -> dict[str, object]:
         """Where the training loop stands: after the batch it was given last, whatever workers have prepared since.
@@ -228,7 +233,7 @@ class DBRLoader:
         _expect(state, "skipped", self._skipped_names())
         epoch = _count(state, "epoch", 2**62)
         consumed = _count(state, "pairs", self._pairs)
-        self._epoch, self._consumed, self._resume_at = epoch, consumed, consumed
+        self._turn_to(epoch, consumed)
 
     @property
     def dataset_info(self) -> TrainingInfo:
@@ -242,6 +247,10 @@ class DBRLoader:
             temperature=manifest.records.temperature,
             teacher=manifest.teacher,
         )
+
+    def _turn_to(self, epoch: int, consumed: int = 0) -> None:
+        self._epoch, self._consumed, self._resume_at = epoch, consumed, consumed
+        self._all_given = False
 
     def _steps(self, start: int) -> EpochSteps:
         _, world_size = self._ranks or distributed_ranks()
@@ -292,6 +301,8 @@ class DBRLoader:
             self._compared = True
 
     def _new_torch_loader(self) -> DataLoader[Reading]:
+        self._slots = self._new_slots()
+        self._assignments = _Assignments(self._slots)
         reader = BatchReader(
             self._dataset,
             self._cache,
@@ -299,6 +310,7 @@ class DBRLoader:
             seed=self._seed,
             replay_here=self._device.type == "cpu",
             cache_bytes=self._cache_bytes,
+            slots=None if self._slots is None else self._slots.memory,
         )
         return DataLoader(
             reader,
@@ -308,12 +320,22 @@ class DBRLoader:
             pin_memory=self._pin_memory,
             prefetch_factor=_PREFETCHED if self._num_workers else None,
             persistent_workers=self._num_workers > 0,
+            worker_init_fn=keep_freed_memory,
             generator=torch.Generator(),  # else torch draws the workers' seed from the user's random state
         )
 
-    def _readings(self) -> Iterator[Reading]:
+    def _new_slots(self) -> Slots | None:
+        """For all batches under way, the one the training loop has, and the one it is given next."""
+        if not self._num_workers or self._pin_memory:  # torch pins in a thread that knows nothing of slots
+            return None
+        # A tail may add a pair; a batch not replayed yet holds at most two images a pair, a byte a value.
+        images = (self._batch_size + 1) * (1 if self._device.type == "cpu" else 2)
+        value = 4 if self._device.type == "cpu" else 1
+        return Slots(_PREFETCHED * self._num_workers + 2, images * 3 * self._manifest.images.size**2 * value)
+
+    def _readings(self) -> Iterator[DBRBatch | PlannedBatch | NrrddError]:
         try:
-            yield from self._torch_loader
+            yield from map(self._opened, self._torch_loader)
         except (ConnectionError, EOFError, RuntimeError) as error:
             # Usually torch says so itself; a batch that the dead process had sent shows as a broken connection.
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
@@ -324,7 +346,13 @@ class DBRLoader:
             return
         yield NrrddError(f"a loader process has died ({reason}); if memory ran out, lower num_workers or batch_size")
 
-    def _finished(self, reading: Reading) -> DBRBatch:
+    def _opened(self, reading: Reading) -> DBRBatch | PlannedBatch | NrrddError:
+        in_slot = None
+        if self._slots is not None:
+            in_slot = self._slots.received(reading.images if isinstance(reading, Parcel) else None)
+        return reading.opened(in_slot) if isinstance(reading, Parcel) else reading
+
+    def _finished(self, reading: DBRBatch | PlannedBatch | NrrddError) -> DBRBatch:
         error = reading if isinstance(reading, NrrddError) else None
         if self._agreement is not None:
             error = self._agreement.any_error(error)
@@ -335,7 +363,8 @@ class DBRLoader:
                 del error, reading  # or error and traceback would keep each other, and the workers, alive
         if isinstance(reading, PlannedBatch):
             images = self._manifest.images
-            moved = reading.to(self._device, non_blocking=True)
+            # Memory that is not pinned may be written anew once the batch is gone: such a copy has to be waited for.
+            moved = reading.to(self._device, non_blocking=self._pin_memory)
             return moved.replayed(mean=images.mean, std=images.std)
         assert isinstance(reading, DBRBatch)
         return reading
@@ -354,7 +383,8 @@ class DBRLoader:
 class _Assignments(Sampler[Assignment]):
     """Hands this rank's assignments of an epoch to torch's DataLoader."""
 
-    def __init__(self) -> None:
+    def __init__(self, slots: Slots | None) -> None:
+        self._slots = slots
         self.set(0, EpochSteps(start=0, stop=0, stride=1, count=0), rank=0, world_size=1)
 
     def set(self, epoch: int, steps: EpochSteps, *, rank: int, world_size: int) -> None:
@@ -363,15 +393,20 @@ class _Assignments(Sampler[Assignment]):
 
     def __iter__(self) -> Iterator[Assignment]:
         # A generator would read the attributes of a later iteration.
-        return _assignments(self._epoch, self._steps, self._rank, self._world_size)
+        return _assignments(self._epoch, self._steps, self._rank, self._world_size, self._slots)
 
     def __len__(self) -> int:
         return len(self._steps)
 
 
-def _assignments(epoch: int, steps: EpochSteps, rank: int, world_size: int) -> Iterator[Assignment]:
+def _assignments(
+    epoch: int, steps: EpochSteps, rank: int, world_size: int, slots: Slots | None
+) -> Iterator[Assignment]:
+    if slots is not None:
+        slots.forget()  # torch asks for the first batch when its workers have done with those of the epoch before
     for step in steps:
-        yield (epoch, *rank_slice(step, rank=rank, world_size=world_size))
+        start, stop = rank_slice(step, rank=rank, world_size=world_size)
+        yield epoch, start, stop, None if slots is None else slots.reserve()
 
 
 def _given_ranks(rank: int | None, world_size: int | None) -> tuple[int, int] | None:

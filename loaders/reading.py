@@ -13,16 +13,18 @@ from torch.utils.data import Dataset
 
 from loaders.batch import DBRBatch, PlannedBatch
 from loaders.cache import ShardCache
+from loaders.delivery import Parcel, Pixels, room
 from loaders.order import EpochOrder, ShardPairs, stored_epoch
 from nrrdd_format.dataset import DistilledDataset
 from nrrdd_format.errors import FormatError, NrrddError
 from nrrdd_format.pairs import PairRecords
-from nrrdd_format.replay import decode_image, plan_batch, stack_images
+from nrrdd_format.replay import BatchPlan, decode_image, plan_batch, replay_one_by_one, stack_images
 from nrrdd_format.shards import ShardEntry
 
-Assignment: TypeAlias = tuple[int, int, int]
-"""Training epoch, and the (start, stop) of a batch's places in that epoch's order."""
-Reading: TypeAlias = "DBRBatch | PlannedBatch | NrrddError"
+Assignment: TypeAlias = tuple[int, int, int, "int | None"]
+"""Training epoch, the (start, stop) of a batch's places in that epoch's order, and the slot reserved for it."""
+Reading: TypeAlias = "Parcel | DBRBatch | PlannedBatch | NrrddError"
+"""What comes for an assignment; an opened batch where torch has put it into page-locked memory."""
 
 
 class BatchReader(Dataset[Reading]):
@@ -41,8 +43,10 @@ class BatchReader(Dataset[Reading]):
         seed: int,
         replay_here: bool,
         cache_bytes: int,
+        slots: Tensor | None,
     ) -> None:
         self._dataset = dataset
+        self._slots = slots  # `Slots.memory`; None: batches travel in torch's way
         self._cache = cache  # where the dataset's files come from; None: they are there
         self._shards = shards
         self._seed = seed
@@ -56,12 +60,10 @@ class BatchReader(Dataset[Reading]):
         self._records: dict[int, PairRecords] = {}
 
     def __getitem__(self, assignment: Assignment) -> Reading:
-        epoch, start, stop = assignment
+        epoch, start, stop, slot = assignment
         try:
             self._turn_to(epoch)
-            batch = self._read(self._pairs(start, stop))
-            images = self._dataset.manifest.images
-            return batch.replayed(mean=images.mean, std=images.std) if self._replay_here else batch
+            return self._read(self._pairs(start, stop), slot)
         except NrrddError as error:
             return error
 
@@ -94,21 +96,36 @@ class BatchReader(Dataset[Reading]):
     def _entries(self, windows: Iterable[list[int]]) -> list[ShardEntry]:
         return [self._dataset.manifest.shards[shard] for window in windows for shard in window]
 
-    def _read(self, pairs: NDArray[np.int64]) -> PlannedBatch:
+    def _read(self, pairs: NDArray[np.int64], slot: int | None) -> Parcel:
         """Reads the pairs with these numbers, each of their images once."""
         parts = self._parts(pairs)
         plan = plan_batch(parts)
-        wanted = zip(plan.shard.tolist(), plan.image.tolist(), strict=True)
-        images = [self._image(shard, image) for shard, image in wanted]
         labels = [self._dataset.shards[shard].labels for shard, _ in parts]
         records = [part for _, part in parts]
-        return PlannedBatch(
-            pairs=plan.with_images(stack_images(images)),
-            label_org=_joined(of[part.index_org] for of, part in zip(labels, records, strict=True)),
-            label_aug=_joined(of[part.index_aug] for of, part in zip(labels, records, strict=True)),
-            distance_org=_joined(part.distance_org for part in records),
-            distance_aug=_joined(part.distance_aug for part in records),
+        return Parcel(
+            plan=plan,
+            finished=self._replay_here,
+            label_org=np.concatenate([of[part.index_org] for of, part in zip(labels, records, strict=True)]),
+            label_aug=np.concatenate([of[part.index_aug] for of, part in zip(labels, records, strict=True)]),
+            distance_org=np.concatenate([part.distance_org for part in records]),
+            distance_aug=np.concatenate([part.distance_aug for part in records]),
+            images=self._images(plan, slot),
         )
+
+    def _images(self, plan: BatchPlan, slot: int | None) -> Tensor | Pixels:
+        """The plan's images as they leave this process, replayed or not: in the slot if there is one."""
+        info = self._dataset.manifest.images
+        here = self._replay_here
+        count, dtype = (len(plan.lam), torch.float32) if here else (len(plan.image), torch.uint8)
+        pixels = Pixels(count=count, size=info.size, dtype=dtype)
+        out = None if self._slots is None or slot is None else room(self._slots, slot, pixels)
+        wanted = zip(plan.shard.tolist(), plan.image.tolist(), strict=True)
+        images = (self._image(shard, image) for shard, image in wanted)
+        if here:
+            made = replay_one_by_one(plan, images, mean=info.mean, std=info.std, out=out)
+        else:
+            made = stack_images(images, out=out)
+        return made if out is None else pixels
 
     def _parts(self, pairs: NDArray[np.int64]) -> list[tuple[int, PairRecords]]:
         """The records of the pairs, in the order given, as runs of pairs of one shard."""
@@ -140,7 +157,3 @@ class BatchReader(Dataset[Reading]):
             return decode_image(reader.image_bytes(image), self._dataset.manifest.images.size)
         except FormatError as error:
             raise error.located(path=reader.path, member=reader.header.members[image].name) from error
-
-
-def _joined(columns: Iterable[NDArray[np.generic]]) -> Tensor:
-    return torch.from_numpy(np.concatenate(list(columns)))

@@ -11,7 +11,7 @@ crop to its normalisation, several times faster than batched float operations. O
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -56,12 +56,18 @@ def decode_image(data: bytes, size: int) -> Tensor:
     raise FormatError(f"image of {width}x{height} pixels, expected {size}x{size} as in the manifest")
 
 
-def stack_images(images: Sequence[Tensor]) -> Tensor:
-    """Stacks (3, S, S) uint8 images to (U, 3, S, S), channels last in memory as replay wants them."""
-    stacked = torch.empty((len(images), *images[0].shape), dtype=torch.uint8, memory_format=torch.channels_last)
-    for slot, image in zip(stacked, images, strict=True):
+def stack_images(images: Iterable[Tensor], *, out: Tensor | None = None) -> Tensor:
+    """Stacks (3, S, S) uint8 images to (U, 3, S, S), channels last in memory as replay wants them.
+
+    `out` may give the memory; each image goes there as it is taken.
+    """
+    if out is None:
+        images = list(images)
+        shape = (len(images), *images[0].shape)
+        out = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    for slot, image in zip(out, images, strict=True):
         slot.copy_(image)
-    return stacked
+    return out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,16 +167,41 @@ def replay(pairs: PairTensors, *, mean: Sequence[float], std: Sequence[float]) -
     Returns:
         (B, 3, S, S) float32, channels last in memory.
     """
+    if pairs.images.device.type == "cpu":
+        return replay_one_by_one(pairs, pairs.images, mean=mean, std=std)
     views = apply_views(pairs.images, pairs.boxes, pairs.flips)
-    if views.device.type != "cpu":
-        mixed = mix(views, pairs.org, pairs.aug, pairs.is_cutmix, pairs.mix_box, pairs.lam)
-        return normalize(mixed, mean, std)
-    shift, scale = _row_constants(mean, std, views.shape[-1], views.device)
-    batch = _empty_batch(len(pairs.org), views)
-    for out, pair in zip(batch, _pair_rows(pairs), strict=True):
-        _mix_pair(out, views, *pair)
-        out.sub_(shift).div_(scale)
-    return batch
+    mixed = mix(views, pairs.org, pairs.aug, pairs.is_cutmix, pairs.mix_box, pairs.lam)
+    return normalize(mixed, mean, std)
+
+
+def replay_one_by_one(
+    plan: BatchPlan | PairTensors,
+    images: Iterable[Tensor],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    out: Tensor | None = None,
+) -> Tensor:
+    """`replay` on a CPU of images that may be decoded only as they are taken, while they are in its cache.
+
+    Args:
+        plan: the batch.
+        images: the plan's U images in its order, each (3, S, S) uint8, channels last in memory.
+        mean, std: as in `replay`.
+        out: memory for the result.
+
+    Returns:
+        `out`, or new memory: (B, 3, S, S) float32, channels last.
+    """
+    views = [_view(*one) for one in zip(images, plan.boxes.tolist(), plan.flips.tolist(), strict=True)]
+    if out is None:
+        shape = (len(plan.org), *views[0].shape)
+        out = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
+    shift, scale = _row_constants(mean, std, views[0].shape[-1], views[0].device)
+    for pair, (org, aug, is_cutmix, mix_box, lam) in zip(out, _pair_rows(plan), strict=True):
+        _mix_pair(pair, views[org], views[aug], is_cutmix, mix_box, lam)
+        pair.sub_(shift).div_(scale)
+    return out
 
 
 def apply_views(images: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
@@ -188,7 +219,7 @@ def apply_views(images: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
         (U, 3, S, S) uint8, channels last in memory.
     """
     if images.device.type == "cpu":
-        return _views_one_by_one(images, boxes, flips)
+        return stack_images([_view(*one) for one in zip(images, boxes.tolist(), flips.tolist(), strict=True)])
     return _views_batched(images, boxes, flips)
 
 
@@ -242,39 +273,33 @@ def _row_constants(
     return shift, scale
 
 
-def _empty_batch(pairs: int, views: Tensor) -> Tensor:
-    return torch.empty((pairs, *views.shape[1:]), dtype=torch.float32, memory_format=torch.channels_last)
-
-
-def _pair_rows(pairs: PairTensors) -> list[tuple[int, int, bool, list[int], float]]:
-    """The plan as Python values: indexing tensors one value at a time would cost more than the pixels."""
-    columns = (pairs.org, pairs.aug, pairs.is_cutmix, pairs.mix_box, pairs.lam)
+def _pair_rows(plan: BatchPlan | PairTensors) -> list[tuple[int, int, bool, list[int], float]]:
+    """The plan as Python values: indexing arrays one value at a time would cost more than the pixels."""
+    columns = (plan.org, plan.aug, plan.is_cutmix, plan.mix_box, plan.lam)
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-def _mix_pair(out: Tensor, views: Tensor, org: int, aug: int, is_cutmix: bool, mix_box: list[int], lam: float) -> None:
-    """Writes one mixed pair of uint8 views into `out` (3, S, S) float32."""
-    out.copy_(views[org])
+def _mix_pair(out: Tensor, org: Tensor, aug: Tensor, is_cutmix: bool, mix_box: list[int], lam: float) -> None:
+    """Writes a pair of uint8 views (3, S, S), mixed, into `out` (3, S, S) float32."""
+    out.copy_(org)
     if is_cutmix:
         top, left, height, width = mix_box
         box = (slice(None), slice(top, top + height), slice(left, left + width))
-        out[box].copy_(views[aug][box])
+        out[box].copy_(aug[box])
     else:
-        out.mul_(lam).add_(views[aug], alpha=1.0 - lam)
+        out.mul_(lam).add_(aug, alpha=1.0 - lam)
 
 
-def _views_one_by_one(images: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
-    size = images.shape[-1]
-    views = torch.empty_like(images, memory_format=torch.channels_last)
-    for view, image, box, flip in zip(views, images, boxes.tolist(), flips.tolist(), strict=True):
-        top, left, height, width = box
-        crop = image[None, :, top : top + height, left : left + width]
-        # torch's fast uint8 kernel needs a dense channels_last input.
-        crop = crop.contiguous(memory_format=torch.channels_last)
-        if (height, width) != (size, size):
-            crop = F.interpolate(crop, size=(size, size), mode="bilinear", align_corners=False)
-        view.copy_(crop[0].flip(2) if flip else crop[0])
-    return views
+def _view(image: Tensor, box: list[int], flip: bool) -> Tensor:
+    """One view of an image, both (3, S, S) uint8, channels last in memory; without crop and flip, the image itself."""
+    size = image.shape[-1]
+    top, left, height, width = box
+    crop = image[None, :, top : top + height, left : left + width]
+    # torch's fast uint8 kernel needs a dense channels_last input.
+    crop = crop.contiguous(memory_format=torch.channels_last)
+    if (height, width) != (size, size):
+        crop = F.interpolate(crop, size=(size, size), mode="bilinear", align_corners=False)
+    return crop[0].flip(2) if flip else crop[0]
 
 
 def _views_batched(images: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import warnings
 from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -210,12 +211,12 @@ def test_a_state_after_every_batch_is_restored_into_other_world_sizes(windowed: 
 def test_only_the_shards_of_the_windows_at_hand_are_open(windowed: Path) -> None:
     with open_dataset(windowed) as dataset:
         pairs = ShardPairs(pairs_per_shard=(20,) * 5, cycle=4)
-        reader = reading.BatchReader(dataset, None, shards=pairs, seed=0, replay_here=True, cache_bytes=0)
+        reader = reading.BatchReader(dataset, None, shards=pairs, seed=0, replay_here=True, cache_bytes=0, slots=None)
         windows = EpochOrder(0, 0, pairs).windows
         assert [len(window) for window in windows] == [2, 2, 1]
         for start in range(0, 100, 10):
             first, last = start // 40, (start + 9) // 40
-            assert not isinstance(reader[0, start, start + 10], Exception)
+            assert not isinstance(reader[0, start, start + 10, None], Exception)
             needed = {shard for window in windows[first : last + 1] for shard in window}
             assert reader._records.keys() <= needed
             assert dataset.shards._open.keys() <= needed
@@ -239,6 +240,19 @@ def test_a_new_iteration_after_a_break_starts_the_epoch_again(dataset: Path) -> 
         again = epoch_keys(loader)
         assert again[0] == first
         assert len(again) == len(loader)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_a_loop_that_stops_at_the_last_batch_has_had_the_epoch(dataset: Path, drop_last: bool) -> None:
+    whole = DBRLoader(dataset, 5, drop_last=drop_last)
+    epochs = [epoch_keys(whole) for _ in range(EPOCHS)]
+    loader = DBRLoader(dataset, 5, drop_last=drop_last)
+    for epoch in range(EPOCHS):
+        given = [key(batch) for batch in islice(loader, len(loader))]
+        assert given == epochs[epoch]
+        assert loader.state_dict()["epoch"] == epoch
+    loader.set_epoch(EPOCHS - 1)  # the one just had, again
+    assert epoch_keys(loader) == epochs[-1]
 
 
 def test_past_the_stored_epochs_they_repeat_in_a_new_order_with_one_warning(dataset: Path) -> None:
@@ -283,6 +297,15 @@ def test_a_state_taken_after_the_last_batch_leaves_nothing_of_the_epoch(dataset:
     loader.load_state_dict(state)
     assert list(loader) == []
     assert loader.epoch == 1
+
+
+def test_a_state_taken_at_the_last_batch_of_a_loop_leads_to_the_next_epoch(dataset: Path) -> None:
+    loader = DBRLoader(dataset, 5)
+    list(islice(loader, len(loader)))
+    resumed = DBRLoader(dataset, 5)
+    resumed.load_state_dict(loader.state_dict())
+    assert epoch_keys(resumed) == []
+    assert epoch_keys(resumed) == epoch_keys(loader)
 
 
 def test_setting_the_loaded_epoch_keeps_the_position_and_another_drops_it(dataset: Path) -> None:

@@ -1,0 +1,119 @@
+"""Shared memory that carries batches from workers to the training loop: used again, and never while it is in use."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from make_dataset import make_tiny_dataset
+
+from loaders import DBRBatch, DBRLoader
+from loaders.delivery import Pixels, Slots, room
+
+SIZE = 4
+PIXELS = Pixels(count=2, size=SIZE, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_dataset(tmp_path_factory.mktemp("delivery") / "tiny", epochs=3)
+
+
+def same(one: DBRBatch, other: DBRBatch) -> bool:
+    return torch.equal(one.images, other.images) and torch.equal(one.distance_aug, other.distance_aug)
+
+
+@given(data=st.data())
+def test_a_slot_is_lent_to_one_batch_at_a_time(data: st.DataObject) -> None:
+    slots = Slots(3, PIXELS.nbytes)
+    asked: list[int | None] = []
+    alive: dict[int, torch.Tensor] = {}
+    for _ in range(data.draw(st.integers(1, 30))):
+        step = data.draw(st.sampled_from(["ask", "receive", "fail", "drop", "forget"]))
+        if step == "ask":
+            slot = slots.reserve()
+            assert (slot is None) == (len(alive) + sum(of is not None for of in asked) == 3)
+            assert slot is None or (slot not in alive and slot not in asked)
+            asked.append(slot)
+        elif step in ("receive", "fail") and asked:
+            slot = asked.pop(0)
+            if slot is not None:
+                room(slots.memory, slot, PIXELS).fill_(slot)
+            images = slots.received(PIXELS if step == "receive" else None)
+            assert (images is None) == (slot is None or step == "fail")
+            if slot is not None and images is not None:
+                alive[slot] = images[1:, :, 1:]  # any view keeps the slot
+                del images
+        elif step == "drop" and alive:
+            del alive[data.draw(st.sampled_from(sorted(alive)))]
+        elif step == "forget":
+            slots.forget()
+            asked.clear()
+        assert all(bool((images == slot).all()) for slot, images in alive.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_a_slot_holds_images_channels_last(dtype: torch.dtype) -> None:
+    pixels = Pixels(count=3, size=SIZE, dtype=dtype)
+    slots = Slots(2, pixels.nbytes + 4)
+    slot = slots.reserve()
+    assert slot is not None
+    images = room(slots.memory, slot, pixels)
+    assert images.shape == (3, 3, SIZE, SIZE)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    written = images.copy_(torch.arange(images.numel()).reshape(images.shape)).clone()
+    received = slots.received(pixels)
+    assert received is not None
+    assert torch.equal(received, written)
+    assert received.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_batches_lie_in_slots_that_are_used_again(dataset: Path) -> None:
+    loader = DBRLoader(dataset, 3, num_workers=2)
+    slots = loader._slots
+    assert slots is not None
+    count = len(slots.memory)
+    for _ in range(3):
+        places = {batch.images.data_ptr() for batch in loader}
+        assert len(places) <= count
+        assert places <= {row.data_ptr() for row in slots.memory}
+        gc.collect()
+        assert sorted(slots._free) == list(range(count))
+
+
+def test_batches_that_are_kept_stay_as_they_are(dataset: Path) -> None:
+    loader = DBRLoader(dataset, 1, num_workers=1)
+    assert loader._slots is not None
+    kept = list(loader)
+    assert len(kept) > len(loader._slots.memory)
+    assert all(same(one, other) for one, other in zip(kept, DBRLoader(dataset, 1), strict=True))
+    copy = pickle.loads(pickle.dumps(kept[0]))
+    images = kept[0].images[:, :1]
+    del loader, kept
+    gc.collect()
+    assert torch.equal(images, copy.images[:, :1])
+
+
+def test_iterations_given_up_early_lose_no_slot(dataset: Path) -> None:
+    expected = next(iter(DBRLoader(dataset, 1)))
+    loader = DBRLoader(dataset, 1, num_workers=2)
+    slots = loader._slots
+    assert slots is not None
+    for _ in range(2 * len(slots.memory)):
+        batch = next(iter(loader))
+        assert same(batch, expected)
+        assert any(batch.images.data_ptr() == row.data_ptr() for row in slots.memory)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_tail_that_joins_the_last_batch_fits_into_a_slot(dataset: Path, world_size: int) -> None:
+    for rank in range(world_size):
+        for batch_size in range(1, 6):
+            alone = DBRLoader(dataset, batch_size, rank=rank, world_size=world_size)
+            loader = DBRLoader(dataset, batch_size, rank=rank, world_size=world_size, num_workers=1)
+            assert all(same(one, other) for one, other in zip(loader, alone, strict=True))

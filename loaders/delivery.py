@@ -1,10 +1,10 @@
-"""How a batch travels from the process that reads it to the training loop.
+"""How a batch travels to the training loop, mostly from another process.
 
-torch's own way gives the images of every batch new shared memory, whose pages are then touched for the first time:
-at 224 px that costs as much as decoding them. Here a loader owns a few slots of shared memory that are used again and
-again. The training process reserves one with each batch it asks for; it is free once the last tensor on it has gone,
-however long the training loop keeps its batches. Where none is free, a batch travels in torch's way. All that is not
-pixels goes as NumPy arrays inside the message, where tensors would each be a file of shared memory.
+torch's own way gives the images of every batch new memory, whose pages are then touched for the first time: at 224 px
+that costs as much as decoding them. Here a loader owns a few slots of memory that are used again and again. The
+training process reserves one with each batch it asks for; it is free once the last tensor on it has gone, however long
+the training loop keeps its batches. Where none is free, a batch travels in torch's way. All that is not pixels goes as
+NumPy arrays inside the message, where tensors would each be a file of shared memory.
 
 Shapes: U images and B pairs of a batch, S the side in pixels.
 """
@@ -34,10 +34,13 @@ class Slots:
     Args:
         count: how many batches may lie in slots at a time.
         nbytes: size of a slot. Nothing is touched here: what no batch fills is never taken from the system.
+        shared: other processes write them.
     """
 
-    def __init__(self, count: int, nbytes: int) -> None:
-        self.memory: Tensor = torch.empty((count, nbytes), dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
+    def __init__(self, count: int, nbytes: int, *, shared: bool) -> None:
+        self.memory = torch.empty((count, nbytes), dtype=torch.uint8)
+        if shared:
+            self.memory.share_memory_()  # type: ignore[no-untyped-call]
         self._free = list(range(count))
         self._reserved: deque[int | None] = deque()
 

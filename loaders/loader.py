@@ -65,7 +65,7 @@ class DBRLoader:
     Memory, beside what torch takes in every process, depends on none of the dataset's size: in each reading process
     (the workers, or this one) `cache_bytes`; for the pairs of two windows 64 bytes, and for their images 500 bytes
     each; and the batch that is being read, 3 * S^2 bytes for each of its images and, with device "cpu",
-    12 * S^2 for each pair. Two finished batches a worker wait for the training loop, in shared memory that is used
+    12 * S^2 for each pair. Two finished batches a worker wait for the training loop, in (shared) memory that is used
     again and again: with W workers 2 * W + 2 batches in all, and more only if the loop keeps more. At most two windows
     of shards are open.
 
@@ -326,12 +326,16 @@ class DBRLoader:
 
     def _new_slots(self) -> Slots | None:
         """For all batches under way, the one the training loop has, and the one it is given next."""
-        if not self._num_workers or self._pin_memory:  # torch pins in a thread that knows nothing of slots
+        if self._pin_memory:  # torch pins in a thread that knows nothing of slots
             return None
         # A tail may add a pair; a batch not replayed yet holds at most two images a pair, a byte a value.
         images = (self._batch_size + 1) * (1 if self._device.type == "cpu" else 2)
         value = 4 if self._device.type == "cpu" else 1
-        return Slots(_PREFETCHED * self._num_workers + 2, images * 3 * self._manifest.images.size**2 * value)
+        return Slots(
+            _PREFETCHED * self._num_workers + 2,
+            images * 3 * self._manifest.images.size**2 * value,
+            shared=self._num_workers > 0,
+        )
 
     def _readings(self) -> Iterator[DBRBatch | PlannedBatch | NrrddError]:
         try:

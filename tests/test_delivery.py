@@ -30,7 +30,7 @@ def same(one: DBRBatch, other: DBRBatch) -> bool:
 
 @given(data=st.data())
 def test_a_slot_is_lent_to_one_batch_at_a_time(data: st.DataObject) -> None:
-    slots = Slots(3, PIXELS.nbytes)
+    slots = Slots(3, PIXELS.nbytes, shared=False)
     asked: list[int | None] = []
     alive: dict[int, torch.Tensor] = {}
     for _ in range(data.draw(st.integers(1, 30))):
@@ -60,7 +60,7 @@ def test_a_slot_is_lent_to_one_batch_at_a_time(data: st.DataObject) -> None:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_a_slot_holds_images_channels_last(dtype: torch.dtype) -> None:
     pixels = Pixels(count=3, size=SIZE, dtype=dtype)
-    slots = Slots(2, pixels.nbytes + 4)
+    slots = Slots(2, pixels.nbytes + 4, shared=True)
     slot = slots.reserve()
     assert slot is not None
     images = room(slots.memory, slot, pixels)
@@ -73,8 +73,9 @@ def test_a_slot_holds_images_channels_last(dtype: torch.dtype) -> None:
     assert received.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_batches_lie_in_slots_that_are_used_again(dataset: Path) -> None:
-    loader = DBRLoader(dataset, 3, num_workers=2)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_lie_in_slots_that_are_used_again(dataset: Path, num_workers: int) -> None:
+    loader = DBRLoader(dataset, 3, num_workers=num_workers)
     slots = loader._slots
     assert slots is not None
     count = len(slots.memory)

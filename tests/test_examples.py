@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from make_dataset import make_tiny_dataset
 from torch import Tensor
 
-PAIRS = 12  # of an epoch of the dataset below
+from benchmarks.cli import main as nrrdd
+from builders.cli import main as build_distilled
+
+PAIRS = 20  # of an epoch of the dataset below
 ENDLESS = "1000000"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
@@ -25,7 +27,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_dataset(tmp_path_factory.mktemp("examples") / "tiny")
+    """Handwritten digits, distilled with as little work as shows what happens to a batch."""
+    folder = tmp_path_factory.mktemp("examples")
+    teacher, out = folder / "teacher.pt", folder / "digits"
+    assert nrrdd(f"teacher --dataset digits --architecture conv2-w8 --epochs 1 --out {teacher}".split()) == 0
+    options = f"--ipc 2 --teacher-checkpoint {teacher} --min-teacher-top1 0 --iterations 1 --epochs 2 --out {out}"
+    assert build_distilled(f"--dataset digits {options}".split()) == 0
+    return out
 
 
 @pytest.fixture
@@ -114,7 +122,7 @@ def test_lightning_goes_on_within_an_epoch(repository: Path, examples: Path, dat
     needs("lightning")
 
     def command(name: str, steps: int) -> list[object]:
-        options = ["--epochs", 3, "--batch-size", 5, "--save-every", 4, "--max-steps", steps]
+        options = ["--epochs", 3, "--batch-size", 7, "--save-every", 4, "--max-steps", steps]
         return [examples / "with_lightning.py", dataset, *options, "--checkpoints", tmp_path / name]
 
     def saved(name: str, file: str = "final.ckpt") -> dict[str, Any]:
@@ -122,7 +130,7 @@ def test_lightning_goes_on_within_an_epoch(repository: Path, examples: Path, dat
 
     finish(repository, command("stopped", 4))  # an epoch has three steps
     (loader,) = saved("stopped", "last.ckpt")["loops"]["fit_loop"]["state_dict"]["combined_loader"]
-    assert (loader["epoch"], loader["pairs"]) == (1, 5)
+    assert (loader["epoch"], loader["pairs"]) == (1, 7)
     finish(repository, command("stopped", -1))
     output = finish(repository, command("whole", -1))
     assert all(f"epoch {epoch}: loss" in output for epoch in range(3))

@@ -124,7 +124,7 @@ def run_student(options: argparse.Namespace) -> int:
         sce=options.sce,
         distance=options.distance,
         soft_temperature=options.soft_temperature,
-        teacher_checkpoint=options.teacher_checkpoint,
+        teacher_checkpoint=None if options.teacher_checkpoint is None else tuple(options.teacher_checkpoint),
         seed=options.seed,
         device=pick_device(options.device),
     )
@@ -182,7 +182,9 @@ def _add_student(parser: argparse.ArgumentParser) -> None:
     )
     add_source(parser)
     parser.add_argument("--student", metavar="ARCH", help="the network (default: the dataset's convD or resnet18)")
-    parser.add_argument("--teacher-checkpoint", type=Path, metavar="FILE", help="the teacher, for soft labels")
+    parser.add_argument(
+        "--teacher-checkpoint", nargs="+", type=Path, metavar="FILE", help="the teacher, for soft labels"
+    )
     parser.add_argument("--epochs", type=int, default=300, metavar="N", help="passes over the dataset (300)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="pairs a step (10, 50 or 100, by images per class)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, metavar="X", help="AdamW's first rate (0.001)")

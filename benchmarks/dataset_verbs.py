@@ -319,7 +319,11 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     add_dataset(parser)
     parser.add_argument(
-        "--teacher-checkpoint", type=Path, metavar="FILE", help="the dataset's teacher: compute distances anew with it"
+        "--teacher-checkpoint",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="the dataset's teacher: compute distances anew with it",
     )
     parser.add_argument("--sample", type=int, metavar="N", help="pairs to compute anew, over all shards (1000)")
     parser.add_argument("--seed", type=int, metavar="N", help="of the choice of pairs (0)")

@@ -117,7 +117,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         "--to", "--out", dest="out", type=Path, required=True, metavar="DIR", help="the folder to write"
     )
     group = parser.add_argument_group("fkd only")
-    group.add_argument("--teacher-checkpoint", type=Path, metavar="FILE", help="the dataset's own teacher")
+    group.add_argument("--teacher-checkpoint", nargs="+", type=Path, metavar="FILE", help="the dataset's own teacher")
     group.add_argument("--epochs", type=int, metavar="N", help="epochs of soft labels (300)")
     group.add_argument("--batch-size", type=int, metavar="N", help="pairs a file (100)")
     group.add_argument("--sampler-seed", type=int, metavar="N", help="of the order of the images (42)")

@@ -20,10 +20,12 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from builders.config import pair_teachers
+from builders.ensemble import JOINT, load_teachers
 from builders.models import create_model
 from builders.progress import Progress
 from builders.sources import Source, load_source
-from builders.teacher import Teacher, load_teacher, measure_top1
+from builders.teacher import Teacher, measure_top1
 from loaders import CompactLoss, DBRBatch, DBRLoader, DBRLoss, OneHotLoss, SoftLoss
 from nrrdd_format import draws
 from nrrdd_format.dataset import open_dataset
@@ -58,8 +60,8 @@ class StudentConfig:
     distance: Distance = "l1"
     soft_temperature: float = 1.0
     """Of both softmaxes of the soft labels' KL; RDED uses 20."""
-    teacher_checkpoint: Path | None = None
-    """The dataset's teacher, for soft labels."""
+    teacher_checkpoint: Path | tuple[Path, ...] | None = None
+    """The dataset's teacher, for soft labels; one file for each member of an ensemble, in the manifest's order."""
     seed: int = 0
     device: str = "cpu"
 
@@ -216,25 +218,37 @@ def make_terms(config: StudentConfig, manifest: Manifest) -> BatchTerms:
     return lambda logits, batch: {"loss": loss(logits, batch)}
 
 
-def load_dataset_teacher(manifest: Manifest, checkpoint: Path | None, device: str) -> Teacher:
-    """Loads the teacher a dataset was labelled by; without a checkpoint, torchvision's pretrained weights.
+def load_dataset_teacher(manifest: Manifest, checkpoint: Path | Sequence[Path] | None, device: str) -> Teacher:
+    """Loads the teacher a dataset was labelled by; without a checkpoint, pretrained weights.
+
+    Args:
+        manifest: the dataset's.
+        checkpoint: the teacher's file; of an ensemble, one for each member in the manifest's order.
+        device: where the teacher will run.
 
     Raises:
         TeacherError: there are no such weights, or they are not those named in the manifest.
     """
-    if checkpoint is None and len(manifest.dataset.class_names) != IMAGENET_CLASSES:
+    files = [checkpoint] if isinstance(checkpoint, Path) else list(checkpoint or ())
+    if not files and len(manifest.dataset.class_names) != IMAGENET_CLASSES:
         raise TeacherError("soft labels need the dataset's own teacher; name its checkpoint with --teacher-checkpoint")
-    teacher = load_teacher(
-        manifest.teacher.architecture,
-        checkpoint,
+    architectures = manifest.teacher.architecture.split(JOINT)
+    if files and len(files) != len(architectures):
+        raise TeacherError(
+            f"found {len(files)} checkpoints, expected {len(architectures)}: the dataset was labelled by "
+            f"{manifest.teacher.architecture}; name the checkpoint of each, in this order, with --teacher-checkpoint"
+        )
+    teacher = load_teachers(
+        pair_teachers(architectures, files),
         num_classes=len(manifest.dataset.class_names),
         image_size=manifest.images.size,
         device=device,
         class_names=manifest.dataset.class_names,
     )
     if teacher.sha256 != manifest.teacher.sha256:
+        named = ", ".join(map(str, files)) or teacher.architecture
         raise TeacherError(
-            f"teacher {checkpoint or teacher.architecture}: weights have SHA-256 {teacher.sha256}, expected "
+            f"teacher {named}: weights have SHA-256 {teacher.sha256}, expected "
             f"{manifest.teacher.sha256} as in the manifest; name the dataset's own teacher with --teacher-checkpoint"
         )
     return teacher
@@ -307,7 +321,9 @@ def _train_epoch(
 
 def _settings(config: StudentConfig, architecture: str, batch_size: int) -> dict[str, Any]:
     resolved = asdict(config) | {"architecture": architecture, "batch_size": batch_size}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in resolved.items()}
+    files = config.teacher_checkpoint
+    resolved["teacher_checkpoint"] = [str(file) for file in files] if isinstance(files, tuple) else files and str(files)
+    return resolved
 
 
 def _positive(option: str, value: float) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,8 @@ from nrrdd_format.records import encode_shard_records
 from nrrdd_format.shards import EncodedImage, ShardEntry, shard_name, write_shard
 
 METHOD = "NRR-DD"
-"""Names, in the manifest's `method`, what made a dataset here."""
+LABELS_METHOD = "DBR of given images"
+"""Name, in the manifest's `method`, what made a dataset here."""
 ENTRY = "shard-{:05d}.json"
 
 
@@ -62,7 +64,7 @@ def is_built(job: Job) -> bool:
     )
 
 
-def assemble(job: Job, teacher_top1: float) -> None:
+def assemble(job: Job, teacher_top1: float | None) -> None:
     """Writes the dataset folder and gives it its final name."""
     out = job.config.out
     partial = out.with_name(f"{out.name}.partial-{job.key}")
@@ -104,7 +106,7 @@ def _labelled_epochs(job: Job, shard: int) -> Iterator[PairRecords]:
         yield replace(draw_pairs(layout, shard, epoch), distance_org=org, distance_aug=aug)
 
 
-def _finish(job: Job, folder: Path, teacher_top1: float) -> None:
+def _finish(job: Job, folder: Path, teacher_top1: float | None) -> None:
     """Manifest, card and pictures; removes what killed writes left."""
     entries = [ShardEntry(**job.writing.load_json(ENTRY.format(shard))) for shard in range(len(job.shards))]
     manifest = make_manifest(job, entries, teacher_top1)
@@ -131,7 +133,7 @@ def check_manifest(job: Job) -> None:
     make_manifest(job, entries, 0.0).encode()
 
 
-def make_manifest(job: Job, entries: list[ShardEntry], teacher_top1: float) -> Manifest:
+def make_manifest(job: Job, entries: list[ShardEntry], teacher_top1: float | None) -> Manifest:
     """The manifest; it names no local path and no time, so that the same build gives the same bytes."""
     source, settings, records = job.source, job.settings, job.settings.records
     return Manifest(
@@ -143,12 +145,12 @@ def make_manifest(job: Job, entries: list[ShardEntry], teacher_top1: float) -> M
         ),
         images=ImagesInfo(
             count=len(job.labels),
-            ipc=job.config.ipc,
+            ipc=job.ipc,
             size=source.size,
             codec=settings.encoding.codec,
-            quality=settings.encoding.quality,
-            mean=job.eyes.mean,
-            std=job.eyes.std,
+            quality=settings.encoding.quality if job.given is None else job.config.image_quality,
+            mean=job.mean,
+            std=job.std,
             flip=records.flip,
         ),
         records=RecordsInfo(
@@ -163,15 +165,31 @@ def make_manifest(job: Job, entries: list[ShardEntry], teacher_top1: float) -> M
         ),
         codebooks=job.codebooks,
         teacher=TeacherInfo(
-            architecture=job.teacher.architecture, sha256=job.teacher.sha256, top1=round(teacher_top1, 4)
+            architecture=job.teacher.architecture,
+            sha256=job.teacher.sha256,
+            top1=None if teacher_top1 is None else round(teacher_top1, 4),
         ),
-        method={"name": METHOD, "build_key": job.key, "seed": job.config.seed, **asdict(settings)},
+        method=_method(job),
         shards=tuple(entries),
     )
 
 
+def _method(job: Job) -> dict[str, Any]:
+    """What made the dataset."""
+    facts = {"build_key": job.key, "seed": job.config.seed, **job.used_settings}
+    if job.teacher.members:
+        facts["teachers"] = [{"architecture": t.architecture, "sha256": t.sha256} for t in job.teacher.members]
+    if job.given is None:
+        return {"name": METHOD, **facts}
+    images = {"method": job.config.images_method or "not stated", "sha256": job.given.sha256}
+    return {"name": LABELS_METHOD, "given_images": images, **facts}
+
+
 def _draw_pictures(job: Job, folder: Path) -> None:
-    """The contact sheet and the histogram; what only the build knows of them is kept for `nrrdd preview`."""
+    """The contact sheet and the histogram; what only the build knows of images it made is kept for `nrrdd preview`."""
+    if job.given is not None:
+        preview_dataset(folder, folder)
+        return
     with open_dataset(folder) as dataset:
         indices = np.array([image.index for image in shown_images(dataset)])
     initial = job.initial_images(indices)
@@ -189,7 +207,7 @@ def _draw_pictures(job: Job, folder: Path) -> None:
 
 
 def _masks(job: Job, initial: Images, labels: NDArray[np.int64]) -> Masks:
-    targets = torch.from_numpy(labels).to(job.eyes.device)
+    targets = torch.from_numpy(labels).to(job.device)
     mask: Masks = (
         non_critical_mask(job.eyes, job.eyes.see(initial), targets, job.settings.refinement.epsilon).cpu().numpy()
     )

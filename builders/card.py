@@ -9,7 +9,7 @@ from nrrdd_format.manifest import VERSION, Manifest
 TEMPLATE = """\
 # {name}, distilled: {ipc} images per class
 
-{count} images of {size}×{size} pixels in {classes} classes, distilled with NRR-DD, with {epochs} epochs of mixed pairs.
+{count} images of {size}×{size} pixels in {classes} classes, {made}, with {epochs} epochs of mixed pairs.
 For each pair two distances to the teacher stand in for its soft label (DBR).
 
 | | |
@@ -17,7 +17,7 @@ For each pair two distances to the teacher stand in for its soft label (DBR).
 | images | {image_bytes:,} bytes, {codec} |
 | pair records | {record_bytes:,} bytes, {pairs:,} pairs, {per_pair:.2f} bytes a pair |
 | shards | {shards} |
-| teacher | {architecture}, top-1 {top1:.1%} on real images, weights SHA-256 `{sha256}` |
+| teacher | {architecture}, {top1}, weights SHA-256 `{sha256}` |
 | format | nrrdd {version} |
 
 ## Load it
@@ -63,6 +63,7 @@ The settings that determine the content, as `build-distilled` resolved them:
 def dataset_card(manifest: Manifest) -> str:
     """Writes the card's Markdown from the manifest alone."""
     images, records, shards = manifest.images, manifest.records, manifest.shards
+    top1, given = manifest.teacher.top1, manifest.method.get("given_images")
     pairs = records.epochs * sum(shard.pairs_per_epoch for shard in shards)
     record_bytes = sum(shard.record_bytes for shard in shards)
     return TEMPLATE.format(
@@ -79,7 +80,8 @@ def dataset_card(manifest: Manifest) -> str:
         per_pair=record_bytes / pairs,
         shards=len(shards),
         architecture=manifest.teacher.architecture,
-        top1=manifest.teacher.top1,
+        top1="not tested on real images" if top1 is None else f"top-1 {top1:.1%} on real images",
+        made="distilled with NRR-DD" if given is None else f"distilled before (method: {given['method']})",
         sha256=manifest.teacher.sha256,
         version=".".join(map(str, VERSION)),
         batch_size=min(100, images.count),

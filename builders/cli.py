@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from builders import config as options
-from builders.config import BuildConfig
+from builders.config import BuildConfig, pair_teachers
 from nrrdd_format.errors import NrrddError
 
 EPILOG = """\
@@ -21,6 +21,9 @@ examples:
       ImageNet-1k with torchvision's pretrained ResNet-18 as teacher
   torchrun --nproc-per-node 8 -m builders --dataset imagenet --ipc 200 --data-dir /data/imagenet --out imagenet-ipc200
       the same on eight GPUs
+  build-distilled --dataset imagenet --from-images syn-data --images-method RDED --data-dir /data/imagenet \
+      --out imagenet-rded
+      labels and stores images that were distilled before
 A build can be stopped at any moment: the same command goes on where it was.
 """
 
@@ -43,11 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None = None) -> BuildConfig:
     """Turns command-line arguments into a checked configuration."""
-    values = vars(make_parser().parse_args(arguments))
+    parser = make_parser()
+    values = vars(parser.parse_args(arguments))
+    given = values["from_images"]
+    if values["ipc"] is None and given is None:
+        parser.error("the following arguments are required: --ipc (or --from-images)")
     if values["out"] is None:
-        values["out"] = Path(f"{values['dataset']}-ipc{values['ipc']}")
+        images = f"ipc{values['ipc']}" if given is None else given.resolve().name
+        values["out"] = Path(f"{values['dataset']}-{images}")
+    values["ipc"] = values["ipc"] or 0
     if values["classes"] is not None:
         values["classes"] = tuple(values["classes"])
+    first, *more = pair_teachers(values.pop("teacher") or (), values.pop("teacher_checkpoint") or ())
+    values |= {"teacher": first.architecture, "teacher_checkpoint": first.checkpoint, "more_teachers": tuple(more)}
     return BuildConfig(**values)
 
 
@@ -80,9 +91,17 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="digits, cifar10, cifar100, imagenette, tiny-imagenet, imagenet, or imagefolder (one folder per class)",
     )
-    group.add_argument("--ipc", type=int, required=True, metavar="N", help="images per class to distil")
+    group.add_argument("--ipc", type=int, metavar="N", help="images per class to distil")
     group.add_argument("--out", type=Path, metavar="DIR", help="the dataset folder to write (NAME-ipcN)")
     group.add_argument("--data-dir", type=Path, metavar="DIR", help="where the source images lie")
+    group.add_argument(
+        "--from-images",
+        type=Path,
+        metavar="DIR",
+        help="label and store these distilled images (RDED's, SRe2L's, …; one folder per class) instead of making any; "
+        "--ipc then takes the first N of each class",
+    )
+    group.add_argument("--images-method", metavar="TEXT", help="what made those images, for the dataset's manifest")
     group.add_argument("--test-dir", type=Path, metavar="DIR", help="held-out images for the teacher's check")
     group.add_argument("--classes", nargs="+", metavar="CLASS", help="only these classes (names or WNIDs)")
     group.add_argument("--size", type=int, metavar="PX", help="side of the images; imagefolder only")
@@ -91,9 +110,19 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
 
 def _add_teacher(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--teacher", metavar="ARCH", help="conv3, resnet18-small, …, or a torchvision name; see nrrdd teacher --help"
+        "--teacher",
+        nargs="+",
+        metavar="ARCH",
+        help="conv3, resnet18-small, …, or a torchvision name; see nrrdd teacher --help. Several label the pairs as an "
+        "ensemble, the mean of their probabilities; images are made with the first",
     )
-    group.add_argument("--teacher-checkpoint", type=Path, metavar="FILE", help="state dict or nrrdd teacher's output")
+    group.add_argument(
+        "--teacher-checkpoint",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="state dict or nrrdd teacher's output; one for each teacher, in the same order",
+    )
     group.add_argument(
         "--min-teacher-top1",
         type=float,

@@ -7,7 +7,9 @@ and checks the whole. A stage sees only its own settings, and its results are ke
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -126,12 +128,48 @@ class BuildSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherChoice:
+    """One teacher: its architecture (None: as the checkpoint says), its file (None: pretrained weights), or both."""
+
+    architecture: str | None = None
+    checkpoint: Path | None = None
+
+
+def pair_teachers(architectures: Sequence[str], checkpoints: Sequence[Path]) -> tuple[TeacherChoice, ...]:
+    """The teachers that both options name together; one without a name where they name none.
+
+    Raises:
+        ConfigError: there are so many of both that it is unclear what belongs together.
+    """
+    if architectures and checkpoints and len(architectures) != len(checkpoints):
+        raise ConfigError(
+            f"--teacher: found {len(architectures)} architectures for {len(checkpoints)} checkpoints, expected one for "
+            f"each, in the same order, or none where the checkpoints say theirs"
+        )
+    pairs = zip_longest(architectures, checkpoints)
+    return tuple(TeacherChoice(architecture=a, checkpoint=c) for a, c in pairs) or (TeacherChoice(),)
+
+
+MAKING_OPTIONS = (
+    *("init", "confidence", "crop_score", "beta"),
+    *("iterations", "batch_size", "learning_rate", "schedule", "epsilon"),
+    *("alpha_bn", "alpha_lr", "label_refinement", "jitter"),
+)
+"""Options of discovery and refinement, which given images do not go through."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BuildConfig:
     """The options of `build-distilled`. `None` means: what suits the dataset (see `plan_settings`)."""
 
     dataset: str
     out: Path
     ipc: int
+    """Images per class; 0 with `from_images`: as many as there are."""
+    from_images: Path | None = None
+    """Distilled images that exist already, one folder per class: they are labelled and stored as they are."""
+    images_method: str | None = None
+    """What made them, for the manifest."""
     data_dir: Path | None = None
     test_dir: Path | None = None
     classes: tuple[str, ...] | None = None
@@ -140,6 +178,8 @@ class BuildConfig:
     """Holds every stage's results; `<out>.work` by default."""
     teacher: str | None = None
     teacher_checkpoint: Path | None = None
+    more_teachers: tuple[TeacherChoice, ...] = ()
+    """With the first they label the pairs as an ensemble; images are made with the first alone."""
     min_teacher_top1: float | None = None
     init: Init = "cidd"
     confidence: Confidence = "lowest"
@@ -176,7 +216,8 @@ class BuildConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least("--ipc", self.ipc, 1)
+        _at_least("--ipc", self.ipc, 1 if self.from_images is None else 0)
+        self._check_given()
         _at_least("--iterations", self.iterations, 0)
         _at_least("--batch-size", self.batch_size, 2)
         _between("--epochs", self.epochs, 1, MAX_EPOCHS)
@@ -200,14 +241,34 @@ class BuildConfig:
         if self.image_quality is not None:
             _between("--image-quality", self.image_quality, 1, 100)
 
+    def _check_given(self) -> None:
+        """Refuses options that would have no effect."""
+        if self.from_images is None:
+            if self.images_method is not None:
+                raise ConfigError("--images-method: found without --from-images, expected with it")
+            return
+        for name in MAKING_OPTIONS:
+            if getattr(self, name) != getattr(BuildConfig, name):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: found with --from-images, whose images are neither discovered nor "
+                    f"refined; leave the option out"
+                )
+
+    @property
+    def teachers(self) -> tuple[TeacherChoice, ...]:
+        """All teachers, the first first."""
+        return TeacherChoice(architecture=self.teacher, checkpoint=self.teacher_checkpoint), *self.more_teachers
+
     @property
     def work_path(self) -> Path:
         """The folder that holds the stages' results."""
         return self.work_dir if self.work_dir is not None else self.out.with_name(self.out.name + ".work")
 
 
-def plan_settings(config: BuildConfig, source: Source) -> BuildSettings:
+def plan_settings(config: BuildConfig, source: Source, given_codec: Codec | None = None) -> BuildSettings:
     """Fills the open options from the dataset's conventions and checks them against it.
+
+    `given_codec` is the codec that given images have, which a shard then keeps.
 
     Raises:
         ConfigError: an option does not fit the dataset (β no square or no divisor of the side, too few images).
@@ -218,7 +279,7 @@ def plan_settings(config: BuildConfig, source: Source) -> BuildSettings:
         raise ConfigError(
             "--ipc: one image in all leaves nothing to pair; a dataset needs at least 2 images, so raise --ipc"
         )
-    codec: Codec = config.image_codec or ("png" if source.size <= 64 else "jpeg")
+    codec: Codec = config.image_codec or given_codec or ("png" if source.size <= 64 else "jpeg")
     if config.image_quality is not None and codec == "png":
         raise ConfigError("--image-quality: PNG is lossless and has no quality; leave the option out or name a codec")
     shard_images = min(config.shard_images, config.ipc * len(source.class_names))

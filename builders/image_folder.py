@@ -59,7 +59,7 @@ class FolderFiles(Sequence[EncodedImage]):
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         number = range(len(self))[index]
-        return EncodedImage(index=number, label=int(self.labels[number]), data=_read(self.paths[number]))
+        return EncodedImage(index=number, label=int(self.labels[number]), data=read_image_file(self.paths[number]))
 
 
 def open_folder(root: Path) -> tuple[FolderFiles, Classes]:
@@ -75,7 +75,7 @@ def open_folder(root: Path) -> tuple[FolderFiles, Classes]:
         raise DataError(f"{root}: expected a folder of images for each class ({reason})") from error
     labels = np.array([label for _, label in folder.samples], np.int64)
     files = FolderFiles(paths=tuple(Path(path) for path, _ in folder.samples), labels=labels)
-    return files, _classes(root, folder.classes)
+    return files, read_classes(root, folder.classes)
 
 
 def check_files(files: FolderFiles) -> tuple[Codec, int]:
@@ -114,7 +114,12 @@ def classes_text(classes: Classes) -> str:
     return "".join("\t".join(" ".join(text.split()) for text in row) + "\n" for row in zip(*columns, strict=True))
 
 
-def _classes(root: Path, folders: Sequence[str]) -> Classes:
+def read_classes(root: Path, folders: Sequence[str]) -> Classes:
+    """The classes of sorted class folders: as classes.txt says, else by WNID, else by the folders' names.
+
+    Raises:
+        DataError: classes.txt is unusable.
+    """
     path = root / CLASSES_FILE
     if path.is_file():
         return _listed(path, [line.split("\t") for line in read_lines(path)], folders)
@@ -148,7 +153,8 @@ def _kind(path: Path, data: bytes) -> tuple[Codec, int]:
     return cast(Codec, found), width
 
 
-def _read(path: Path) -> bytes:
+def read_image_file(path: Path) -> bytes:
+    """The bytes of one image file; raises DataError if it cannot be read or is larger than a shard's images may be."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_IMAGE_BYTES + 1)

@@ -6,18 +6,24 @@ consecutive images is therefore class-balanced: refinement batches and shards ar
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import msgpack
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from builders.cam import ClassActivation
 from builders.config import BuildConfig, BuildSettings, plan_settings
+from builders.conventions import Colour
 from builders.discovery import Eyes
+from builders.ensemble import common_normalisation, load_teachers
+from builders.given_images import GivenImages
+from builders.inputs import Inputs, load_inputs
 from builders.ranks import Ranks
-from builders.sources import Source, load_source
-from builders.teacher import Teacher, load_teacher
+from builders.sources import Source
+from builders.teacher import Teacher
 from builders.workdir import Stage
 from nrrdd_format.codebooks import Codebooks, distance_levels, mix_codebook, view_codebook
 from nrrdd_format.pairs import RecordLayout
@@ -39,10 +45,14 @@ class Job:
     """All that the stages share, and where each keeps its results."""
 
     config: BuildConfig
-    source: Source
+    inputs: Inputs
     settings: BuildSettings
     teacher: Teacher
-    eyes: Eyes
+    activation: ClassActivation | None
+    """None where images are given: only making them asks for maps of the teacher."""
+    mean: Colour
+    std: Colour
+    device: torch.device
     ranks: Ranks
     codebooks: Codebooks
     scan: Stage
@@ -58,6 +68,39 @@ class Job:
         return self.writing.key
 
     @property
+    def source(self) -> Source:
+        """The source dataset."""
+        return self.inputs.source
+
+    @property
+    def given(self) -> GivenImages | None:
+        """The distilled images that exist already; None: the build makes them."""
+        return self.inputs.given
+
+    @property
+    def eyes(self) -> Eyes:
+        """The teacher as discovery and refinement use it."""
+        assert self.activation is not None, "given images are neither discovered nor refined"
+        return Eyes(activation=self.activation, mean=self.mean, std=self.std, device=self.device)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages this build goes through."""
+        labelling = (self.encoding, self.relabeling, self.writing)
+        return labelling if self.given is not None else (self.scan, self.discovery, self.refinement, *labelling)
+
+    @property
+    def used_settings(self) -> dict[str, Any]:
+        """The settings of those stages, as JSON values."""
+        left_out = () if self.given is None else ("discovery", "refinement")
+        return {name: value for name, value in asdict(self.settings).items() if name not in left_out}
+
+    @property
+    def ipc(self) -> int:
+        """Images per class."""
+        return self.config.ipc if self.given is None else self.given.ipc
+
+    @property
     def num_classes(self) -> int:
         """C."""
         return len(self.source.class_names)
@@ -65,7 +108,7 @@ class Job:
     @property
     def labels(self) -> NDArray[np.int64]:
         """Class of every distilled image, (N,)."""
-        return np.arange(self.num_classes * self.config.ipc) % self.num_classes
+        return np.arange(self.num_classes * self.ipc) % self.num_classes
 
     @property
     def batches(self) -> list[NDArray[np.int64]]:
@@ -115,41 +158,44 @@ class Job:
 
 def prepare(config: BuildConfig, ranks: Ranks) -> Job:
     """Loads source and teacher, resolves the settings and names every stage's folder."""
-    source = _load_source(config, ranks)
-    settings = plan_settings(config, source)
+    inputs = _load_inputs(config, ranks)
+    source, given = inputs.source, inputs.given
+    if given is None:
+        settings = plan_settings(config, source)
+    else:
+        settings = plan_settings(replace(config, ipc=given.ipc), source, given.codec)
     device = ranks.device(config.device)
-    teacher = load_teacher(
-        config.teacher,
-        config.teacher_checkpoint,
+    teacher = load_teachers(
+        config.teachers,
         num_classes=len(source.class_names),
         image_size=source.size,
         device=device,
         class_names=source.class_names,
     )
-    mean, std = teacher.normalisation or (source.mean, source.std)
-    eyes = Eyes(activation=ClassActivation(teacher.model, source.size), mean=mean, std=std, device=device)
+    mean, std = common_normalisation(teacher, (source.mean, source.std))
     return Job(
         config=config,
-        source=source,
+        inputs=inputs,
         settings=settings,
         teacher=teacher,
-        eyes=eyes,
+        activation=ClassActivation(teacher.first.model, source.size) if given is None else None,
+        mean=mean,
+        std=std,
+        device=device,
         ranks=ranks,
         codebooks=_codebooks(config, settings, source.size),
-        **_stages(config, settings, source, teacher, eyes),
+        **_stages(config, settings, inputs, teacher, {"mean": list(mean), "std": list(std)}),
     )
 
 
-def _load_source(config: BuildConfig, ranks: Ranks) -> Source:
+def _load_inputs(config: BuildConfig, ranks: Ranks) -> Inputs:
     """The first rank goes ahead: where the images have to be downloaded, one process does it."""
     if not ranks.is_first:
         ranks.meet()
-    source = load_source(
-        config.dataset, data_dir=config.data_dir, test_dir=config.test_dir, classes=config.classes, size=config.size
-    )
+    inputs = load_inputs(config)
     if ranks.is_first:
         ranks.meet()
-    return source
+    return inputs
 
 
 def _codebooks(config: BuildConfig, settings: BuildSettings, size: int) -> Codebooks:
@@ -162,23 +208,25 @@ def _codebooks(config: BuildConfig, settings: BuildSettings, size: int) -> Codeb
 
 
 def _stages(
-    config: BuildConfig, settings: BuildSettings, source: Source, teacher: Teacher, eyes: Eyes
+    config: BuildConfig, settings: BuildSettings, inputs: Inputs, teacher: Teacher, normalised: dict[str, Any]
 ) -> dict[str, Stage]:
     """The stages' folders, each keyed by its own settings and the stage before."""
-    work, seed = config.work_path, {"seed": config.seed}
-    sees = {"teacher": teacher.sha256, "mean": list(eyes.mean), "std": list(eyes.std)}
+    makes, labels = ({"teacher": digest} | normalised for digest in (teacher.first.sha256, teacher.sha256))
+    work, seed, source, given = config.work_path, {"seed": config.seed}, inputs.source, inputs.given
     wanted = {"init": settings.discovery.init, "needed": settings.discovery.images_needed}
     drawn = {name: value for name, value in asdict(settings.records).items() if name not in STORED_ONLY}
-    scan_stage = Stage(work, "scan", wanted | seed, source.train.fingerprint())
-    discovery = Stage(work, "discovery", asdict(settings.discovery) | sees | seed, scan_stage.key)
+    scan_stage = Stage(work, "scan", wanted | seed, source.train.fingerprint() if given is None else given.sha256)
+    discovery = Stage(work, "discovery", asdict(settings.discovery) | makes | seed, scan_stage.key)
     refinement = Stage(work, "refinement", asdict(settings.refinement) | seed, discovery.key)
-    encoding = Stage(work, "encoding", asdict(settings.encoding), refinement.key)
-    relabeling = Stage(work, "relabeling", drawn | seed, encoding.key)
+    images = refinement.key if given is None else f"{given.sha256} {config.image_quality}"
+    encoding = Stage(work, "encoding", asdict(settings.encoding), images)
+    relabeling = Stage(work, "relabeling", drawn | labels | seed, encoding.key)
     stored = {
         "records": asdict(settings.records),
         "class_names": list(source.class_names),
         "wnids": source.wnids,
         "license": config.source_license,
+        "images_method": config.images_method,
     }
     return {
         "scan": scan_stage,

@@ -22,12 +22,12 @@ def write_build_log(job: Job, skipped: Sequence[tuple[str, str]]) -> None:
     """Writes the log as JSON; `skipped` holds the name and reason of every unusable source image."""
     log = {
         "options": asdict(job.config),
-        "settings": asdict(job.settings),
+        "settings": job.used_settings,
         "teacher": {"architecture": job.teacher.architecture, "sha256": job.teacher.sha256},
         "classes": list(job.source.class_names),
         "skipped_images": [{"image": name, "reason": reason} for name, reason in skipped],
         "torch": torch.__version__,
-        "device": str(job.eyes.device),
+        "device": str(job.device),
         "ranks": job.ranks.world_size,
     }
     with atomic_write(log_path(job)) as file:

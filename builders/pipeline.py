@@ -19,6 +19,8 @@ from builders.assembly import assemble, check_manifest, is_built
 from builders.config import BuildConfig
 from builders.discovery import discover_class
 from builders.encoding import encode_image
+from builders.given_images import stored_bytes
+from builders.image_sets import ImageSet
 from builders.job import (
     BATCH_ARRAY,
     BATCH_LOSSES,
@@ -59,10 +61,15 @@ def build(config: BuildConfig) -> Path:
         if is_built(job):
             ranks.say(f"{config.out}: already built from these settings")
             return config.out
+        for stage in job.stages:
+            stage.make()
         top1 = check_teacher(job)
-        usable = scan(job)
-        discover(job, usable)
-        refine(job)
+        if job.given is None:
+            usable = scan(job)
+            discover(job, usable)
+            refine(job)
+        elif ranks.is_first:
+            write_build_log(job, [])
         encode(job)
         relabel(job)
         assemble(job, top1)
@@ -70,18 +77,34 @@ def build(config: BuildConfig) -> Path:
     return config.out
 
 
-def check_teacher(job: Job) -> float:
-    """The teacher's top-1 share on real images, measured before hours are spent."""
-    images = job.source.test if job.source.test is not None else job.source.train
-    top1 = preflight(
-        job.teacher,
-        images,
-        mean=job.eyes.mean,
-        std=job.eyes.std,
-        minimum=job.config.min_teacher_top1,
-        device=job.eyes.device,
-    )
-    job.ranks.say(f"teacher {job.teacher.architecture}: top-1 {top1:.1%} on real images")
+def check_teacher(job: Job) -> float | None:
+    """The teacher's top-1 share on real images, measured before hours are spent; None where there are none.
+
+    Given images are tested too: their folders may stand in another order than the source's classes.
+    """
+    if job.inputs.notice is not None:
+        job.ranks.say(job.inputs.notice)
+    top1 = None if job.inputs.real is None else _test_teacher(job, job.inputs.real, "real images")
+    if job.given is not None:
+        _test_teacher(job, job.given.files, "the given images")
+        if top1 is None:
+            job.ranks.say("no real images to test the teacher on; name their folder with --data-dir or --test-dir")
+    return top1
+
+
+def _test_teacher(job: Job, images: ImageSet, which: str) -> float:
+    """Tests every member of an ensemble too: the others would hide one whose classes stand in another order."""
+    for teacher in (*job.teacher.members, job.teacher):
+        top1 = preflight(
+            teacher,
+            images,
+            which=which,
+            mean=job.mean,
+            std=job.std,
+            minimum=job.config.min_teacher_top1,
+            device=job.device,
+        )
+        job.ranks.say(f"teacher {teacher.architecture}: top-1 {top1:.1%} on {which}")
     return top1
 
 
@@ -154,15 +177,26 @@ def refine(job: Job) -> None:
 
 def encode(job: Job) -> None:
     """Every shard's images as the bytes that will be stored: one msgpack list of byte strings a shard."""
-    firsts = np.array([batch[0] for batch in job.batches])
     for shard in _units(job, job.encoding, SHARD_BYTES, range(len(job.shards)), "encode", "shard"):
-        data = []
-        for index in job.shards[shard].tolist():
-            batch = int(np.searchsorted(firsts, index, side="right")) - 1
-            image = job.refinement.load_array(BATCH_ARRAY.format(batch))[index - firsts[batch]]
-            data.append(encode_image(image, job.settings.encoding))
-        job.encoding.save_bytes(SHARD_BYTES.format(shard), msgpack.packb(data))
+        make = _refined_bytes if job.given is None else _given_bytes
+        job.encoding.save_bytes(SHARD_BYTES.format(shard), msgpack.packb(make(job, job.shards[shard].tolist())))
     job.ranks.meet()
+
+
+def _refined_bytes(job: Job, indices: list[int]) -> list[bytes]:
+    firsts = np.array([batch[0] for batch in job.batches])
+    data = []
+    for index in indices:
+        batch = int(np.searchsorted(firsts, index, side="right")) - 1
+        image = job.refinement.load_array(BATCH_ARRAY.format(batch))[index - firsts[batch]]
+        data.append(encode_image(image, job.settings.encoding))
+    return data
+
+
+def _given_bytes(job: Job, indices: list[int]) -> list[bytes]:
+    assert job.given is not None
+    keep = job.config.image_quality is None
+    return [stored_bytes(job.given, index, job.settings.encoding, keep=keep) for index in indices]
 
 
 def relabel(job: Job) -> None:
@@ -178,8 +212,8 @@ def relabel(job: Job) -> None:
             draw_pairs(job.layout(shard), shard, epoch),
             model=job.teacher.model,
             temperature=job.settings.records.temperature,
-            mean=job.eyes.mean,
-            std=job.eyes.std,
+            mean=job.mean,
+            std=job.std,
         )
         job.relabeling.save_array(DISTANCES.format(shard, epoch), distances)
     job.ranks.meet()
@@ -188,7 +222,7 @@ def relabel(job: Job) -> None:
 def _decode(job: Job, shard: int) -> torch.Tensor:
     """A shard's images as every reader will see them: (n, 3, S, S) uint8 on the teacher's device."""
     images = [decode_image(data, job.source.size) for data in job.encoded_images(shard)]
-    return stack_images(images).to(job.eyes.device)
+    return stack_images(images).to(job.device)
 
 
 def _open_units(job: Job, stage: Stage, name: str, units: Sequence[Unit]) -> list[Unit]:

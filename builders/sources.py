@@ -65,8 +65,7 @@ def load_source(
         ConfigError: an unknown name or class, or an option that this dataset does not take.
         DataError: the images are missing or not laid out as expected.
     """
-    if name not in DATASETS:
-        raise ConfigError(f"--dataset: found {name!r}, expected one of {', '.join(DATASETS)}")
+    check_name(name)
     _check_size(name, size)
     if name == "digits":
         return _digits_source(data_dir, test_dir, classes)
@@ -75,6 +74,12 @@ def load_source(
     if name in ("cifar10", "cifar100") and not (data_dir / "train").is_dir():
         return _cifar_source(name, data_dir, test_dir, classes)
     return _folder_source(name, data_dir, test_dir, classes, size)
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError unless `name` is a dataset's."""
+    if name not in DATASETS:
+        raise ConfigError(f"--dataset: found {name!r}, expected one of {', '.join(DATASETS)}")
 
 
 def _digits_source(data_dir: Path | None, test_dir: Path | None, classes: Sequence[str] | None) -> Source:
@@ -92,7 +97,7 @@ def _cifar_source(name: str, data_dir: Path, test_dir: Path | None, classes: Seq
 
 def _array_source(name: str, splits: ArraySplits, classes: Sequence[str] | None) -> Source:
     chosen = select_classes(splits.class_names, None, classes)
-    return _source(
+    return make_source(
         name,
         class_names=[splits.class_names[label] for label in chosen],
         wnids=None,
@@ -105,16 +110,32 @@ def _array_source(name: str, splits: ArraySplits, classes: Sequence[str] | None)
 def _folder_source(
     name: str, data_dir: Path, test_dir: Path | None, classes: Sequence[str] | None, size: int | None
 ) -> Source:
-    dataset = DATASETS[name]
     root, train = _find_train(name, data_dir)
-    test = _find_test(name, root, test_dir)
+    return _split_source(name, root, train, _find_test(name, root, test_dir), classes, size)
+
+
+def load_split(name: str, split: Path, *, classes: Sequence[str] | None = None, size: int | None = None) -> Source:
+    """A dataset of which one split is there, a folder of class folders: its classes, and its images as `train`.
+
+    Raises:
+        ConfigError: an unknown class, or a size that this dataset does not take.
+        DataError: the images are missing or not laid out as expected.
+    """
+    _check_size(name, size)
+    return _split_source(name, None, split, None, classes, size)
+
+
+def _split_source(
+    name: str, root: Path | None, train: Path, test: Path | None, classes: Sequence[str] | None, size: int | None
+) -> Source:
+    dataset = DATASETS[name]
     folders = class_folders(train)
     _check_classes(name, train, folders)
     names = name_wnids(root or train, folders) if dataset.wnids else folders
     chosen = select_classes(names, folders if dataset.wnids else None, classes)
     kept = [folders[label] for label in chosen]
-    side = size or dataset.size or _natural_side(train, kept)
-    return _source(
+    side = size or dataset.size or natural_side(train, kept, LARGEST_DEFAULT)
+    return make_source(
         name,
         class_names=[names[label] for label in chosen],
         wnids=kept if dataset.wnids else None,
@@ -124,7 +145,7 @@ def _folder_source(
     )
 
 
-def _source(
+def make_source(
     name: str,
     *,
     class_names: list[str],
@@ -133,6 +154,7 @@ def _source(
     test: ImageSet | None,
     size: int,
 ) -> Source:
+    """These classes and images under the conventions of the dataset `name`."""
     dataset = DATASETS[name]
     return Source(
         name=name,
@@ -203,15 +225,19 @@ def _check_classes(name: str, train: Path, folders: list[str]) -> None:
         raise DataError(f"{train}: found 1 class folder ({folders[0]}), expected 2 or more: {dataset.layout}")
 
 
-def _natural_side(train: Path, folders: Sequence[str]) -> int:
-    """The shorter side of the first usable image, made even so that patches can tile it, within bounds."""
+def natural_side(train: Path, folders: Sequence[str], largest: int) -> int:
+    """The shorter side of the first usable image, made even so that patches can tile it, within bounds.
+
+    Raises:
+        DataError: no image is usable.
+    """
     for name in (name for folder in folders for name in image_names(train, folder)):
         try:
             height, width, _ = read_rgb(train / name).shape
         except UnusableImage:
             continue
         side = int(min(height, width))
-        return min(max(side - side % 2, MIN_SIZE), LARGEST_DEFAULT)
+        return min(max(side - side % 2, MIN_SIZE), largest)
     raise DataError(f"{train}: found no usable image in the folders {some(folders)}")
 
 

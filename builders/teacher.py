@@ -36,7 +36,10 @@ Normalisation = tuple[Colour, Colour]
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A network in eval mode whose weights need no gradient; `sha256` is `state_dict_sha256` of its weights."""
+    """A network in eval mode whose weights need no gradient.
+
+    `sha256` is `state_dict_sha256` of its weights, or of an ensemble what `load_teachers` makes of its members'.
+    """
 
     model: nn.Module
     architecture: str
@@ -44,6 +47,13 @@ class Teacher:
     sha256: str
     normalisation: Normalisation | None = None
     """Mean and standard deviation of its training's input, of a pixel's value / 255; None where its file is silent."""
+    members: tuple[Teacher, ...] = ()
+    """Of an ensemble."""
+
+    @property
+    def first(self) -> Teacher:
+        """The one that images are made with."""
+        return self.members[0] if self.members else self
 
 
 def state_dict_sha256(state_dict: Mapping[str, Tensor]) -> str:
@@ -152,16 +162,18 @@ def preflight(
     teacher: Teacher,
     images: ImageSet,
     *,
+    which: str = "real images",
     mean: Sequence[float],
     std: Sequence[float],
     minimum: float | None = None,
     device: torch.device | str,
 ) -> float:
-    """Tests a teacher on up to 1000 real images; returns its top-1 share.
+    """Tests a teacher on up to 1000 images; returns its top-1 share.
 
     Args:
         teacher: the teacher, on `device`.
-        images: labelled real images, best those held out from its training.
+        images: labelled images: real ones, best held out from its training, or those to be labelled.
+        which: what the message calls them.
         mean, std: of a pixel's value / 255, one per channel.
         minimum: the smallest share that is accepted. Default: min(0.6, 20 / number of classes).
         device: where to compute.
@@ -173,8 +185,8 @@ def preflight(
     top1 = measure_top1(teacher.model, images, mean, std, device=device, limit=PREFLIGHT_IMAGES)
     if top1 < floor:
         raise TeacherError(
-            f"teacher {teacher.architecture}: top-1 {top1:.1%} on real images, expected {floor:.1%} or more; "
-            "the usual cause is that its classes stand in another order than the source's; "
+            f"teacher {teacher.architecture}: top-1 {top1:.1%} on {which}, expected {floor:.1%} or more; "
+            "the usual cause is that its classes stand in another order than theirs; "
             "check that order, or accept the teacher as it is with --min-teacher-top1"
         )
     return top1

@@ -33,12 +33,19 @@ class Stage:
 
     Attributes:
         key: what determines the results; the next stage's key builds on it.
-        path: the folder, made when missing.
+        path: the folder; `make` makes it.
     """
 
     def __init__(self, work: Path, name: str, settings: Mapping[str, Any], upstream: str) -> None:
         self.key = stage_key(name, settings, upstream)
         self.path = work / f"{name}-{self.key}"
+
+    def make(self) -> None:
+        """Makes the folder where it is missing.
+
+        Raises:
+            OutputError: it cannot be made.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

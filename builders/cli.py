@@ -113,8 +113,8 @@ def _add_teacher(group: argparse._ArgumentGroup) -> None:
         "--teacher",
         nargs="+",
         metavar="ARCH",
-        help="conv3, resnet18-small, …, or a torchvision name; see nrrdd teacher --help. Several label the pairs as an "
-        "ensemble, the mean of their probabilities; images are made with the first",
+        help="conv3, resnet18-small, …, a torchvision name or timm/NAME; see nrrdd teacher --help. Several label "
+        "the pairs as an ensemble, the mean of their probabilities; images are made with the first",
     )
     group.add_argument(
         "--teacher-checkpoint",

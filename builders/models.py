@@ -1,6 +1,7 @@
 """The networks that teachers and students are made of.
 
-Two families that the distillation papers use and torchvision lacks are defined here; every other name is torchvision's.
+Two families that the distillation papers use and torchvision lacks are defined here; `timm/NAME` is timm's
+(see `builders.timm_models`), and every other name is torchvision's.
 
 - `convD`, `convD-wW`: D blocks of 3×3 convolution (W = 128 channels), BatchNorm, ReLU and 2×2 average pool, then one
   linear layer on the flattened map. conv3 is the papers' network for 32 px, conv4 for 64, conv5 for 128.
@@ -21,6 +22,7 @@ import torchvision.models as zoo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from builders.timm_models import PREFIX, create_timm_model
 from nrrdd_format.errors import ConfigError, TeacherError
 
 IMAGENET_CLASSES = 1000
@@ -32,11 +34,11 @@ def create_model(architecture: str, num_classes: int, image_size: int, *, pretra
     """Makes a classifier (B, 3, image_size, image_size) float32 -> logits (B, num_classes), in training mode.
 
     Args:
-        architecture: `conv3`, `conv3-w32`, `resnet18-small`, `resnet18-small-w16` or the like, or the name of a
-            torchvision classification model.
+        architecture: `conv3`, `conv3-w32`, `resnet18-small`, `resnet18-small-w16` or the like, the name of a
+            torchvision classification model, or timm's as `timm/NAME`.
         num_classes: length of the logits.
         image_size: side of the images in pixels; the weights of `convD` and torchvision's transformers depend on it.
-        pretrained: take torchvision's best ImageNet-1k weights; otherwise torch's global generator draws them.
+        pretrained: take torchvision's best ImageNet-1k weights, or timm's; otherwise torch's generator draws them.
 
     Raises:
         ConfigError: the name is unknown, or the network does not fit `num_classes` or `image_size`.
@@ -45,6 +47,8 @@ def create_model(architecture: str, num_classes: int, image_size: int, *, pretra
     if num_classes < 1:
         raise ConfigError(f"{architecture}: {num_classes} classes; expected at least 1")
     conv, resnet = _CONV.fullmatch(architecture), _RESNET.fullmatch(architecture)
+    if architecture.startswith(PREFIX):
+        return _fitting(architecture, create_timm_model(architecture, num_classes, pretrained=pretrained), image_size)
     if not conv and not resnet:
         return _torchvision_model(architecture, num_classes, image_size, pretrained)
     if pretrained:
@@ -135,18 +139,29 @@ class BasicBlock(nn.Module):
 def _torchvision_model(architecture: str, num_classes: int, image_size: int, pretrained: bool) -> nn.Module:
     if architecture not in zoo.list_models(module=zoo):
         raise ConfigError(_unknown(architecture))
+    if pretrained:
+        return _fitting(architecture, _pretrained(architecture, num_classes), image_size)
     try:
-        if pretrained:
-            model = _pretrained(architecture, num_classes)
-        else:
-            model = zoo.get_model(architecture, weights=None, **_options(architecture, num_classes, image_size))
+        model = zoo.get_model(architecture, weights=None, **_options(architecture, num_classes, image_size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise _misfit(architecture, image_size, error) from error
+    return _fitting(architecture, model, image_size)
+
+
+def _fitting(architecture: str, model: nn.Module, image_size: int) -> nn.Module:
+    """The model, if it takes images of this size."""
+    try:
         _probe(model, image_size)
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise ConfigError(
-            f"{architecture}: cannot take images of {image_size} px ({_first_line(error)}); take another network or "
-            "larger images (resnet18-small takes 8 px and more)"
-        ) from error
+        raise _misfit(architecture, image_size, error) from error
     return model
+
+
+def _misfit(architecture: str, image_size: int, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{architecture}: cannot take images of {image_size} px ({_first_line(error)}); take another network or "
+        "larger images (resnet18-small takes 8 px and more)"
+    )
 
 
 @torch.no_grad()
@@ -197,5 +212,5 @@ def _unknown(architecture: str) -> str:
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     return (
         f"unknown architecture {architecture!r}; {hint}expected convD or convD-wW (conv3, conv3-w32), resnet18-small "
-        "or resnet18-small-wW, or the name of a torchvision classification model (resnet18, mobilenet_v2, …)"
+        "or resnet18-small-wW, the name of a torchvision classification model (resnet18, mobilenet_v2, …), or timm/NAME"
     )

@@ -20,6 +20,7 @@ from builders.conventions import Colour
 from builders.image_sets import ImageSet
 from builders.models import IMAGENET_CLASSES, create_model
 from builders.reading import read_batches
+from builders.timm_models import PREFIX, timm_normalisation
 from nrrdd_format import draws
 from nrrdd_format.errors import TeacherError
 from nrrdd_format.files import atomic_write
@@ -46,7 +47,8 @@ class Teacher:
     num_classes: int
     sha256: str
     normalisation: Normalisation | None = None
-    """Mean and standard deviation of its training's input, of a pixel's value / 255; None where its file is silent."""
+    """Mean and standard deviation of its training's input, of a pixel's value / 255; None where its file is silent and
+    timm does not say."""
     members: tuple[Teacher, ...] = ()
     """Of an ensemble."""
 
@@ -206,7 +208,7 @@ def load_teacher(
     Args:
         architecture: see `builders.models.create_model`; may be None where the checkpoint names it, or with no
             checkpoint at 1000 classes (then torchvision's pretrained resnet18).
-        checkpoint: a file by `save_checkpoint`, or a plain state dict; None: torchvision's pretrained weights.
+        checkpoint: a file by `save_checkpoint`, or a plain state dict; None: weights of torchvision or timm.
         num_classes: classes of the source.
         image_size: side of the images in pixels.
         device: where the teacher will run.
@@ -216,7 +218,7 @@ def load_teacher(
         TeacherError: the checkpoint cannot be read or does not fit, or pretrained weights cannot be downloaded.
         ConfigError: the architecture is unknown or does not fit.
     """
-    normalisation = None
+    stated = None
     if checkpoint is None:
         architecture = architecture or _default_architecture(num_classes)
         model = create_model(architecture, num_classes, image_size, pretrained=True)
@@ -226,15 +228,20 @@ def load_teacher(
         _check_class_names(content, class_names, checkpoint)
         model = create_model(architecture, num_classes, image_size)
         _load_weights(model, content, architecture, checkpoint)
-        normalisation = _named_normalisation(content, checkpoint)
+        stated = _named_normalisation(content, checkpoint)
     model = model.eval().requires_grad_(False)
     return Teacher(
         model=model.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
         architecture=architecture,
         num_classes=num_classes,
         sha256=state_dict_sha256(model.state_dict()),
-        normalisation=normalisation,
+        normalisation=stated or _timms_normalisation(architecture, num_classes),
     )
+
+
+def _timms_normalisation(architecture: str, num_classes: int) -> Normalisation | None:
+    """What timm's own weights expect: a plain state dict of so many classes is taken for them."""
+    return timm_normalisation(architecture, num_classes) if architecture.startswith(PREFIX) else None
 
 
 def _named_normalisation(content: Mapping[str, Any], path: Path) -> Normalisation | None:

@@ -149,12 +149,12 @@ def test_version_is_the_same_everywhere(
 def test_dependencies_are_those_imported(repository: Path, setup_cfg: ConfigParser, files: list[Path]) -> None:
     declared = requirements(setup_cfg["options"]["install_requires"])
     extras = setup_cfg["options.extras_require"]
-    optional = requirements(extras["digits"]) | requirements(extras["http"])
+    optional = {name for extra in ("digits", "http", "timm") for name in requirements(extras[extra])}
     imported: set[str] = set()
     for file in files:
         if file.suffix == ".py" and file.parts[0] in PACKAGES:
             imported |= third_party_imports((repository / file).read_bytes())
-    assert imported - {IMPORTED_AS.get(name, name) for name in declared | optional} == set()
+    assert imported - {IMPORTED_AS.get(name, name) for name in {*declared, *optional}} == set()
 
 
 def test_dependencies_are_explained(repository: Path, setup_cfg: ConfigParser) -> None:

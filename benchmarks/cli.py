@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.command import add_device, add_source, pick_device, run
+from benchmarks.command import add_columns, add_device, add_source, pick_device, run
 from benchmarks.dataset_verbs import add_dataset_verbs
 from benchmarks.exchange_verbs import add_exchange_verbs
 from benchmarks.verbs import Verb, add_dataset, add_verb
@@ -79,6 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
 def run_teacher(options: argparse.Namespace) -> int:
     """`nrrdd teacher`."""
     from benchmarks.teacher import TeacherConfig, log_path, summary, train_and_save
+    from builders.image_sets import Columns
     from builders.sources import load_source
 
     source = load_source(
@@ -87,6 +88,7 @@ def run_teacher(options: argparse.Namespace) -> int:
         test_dir=options.test_dir,
         classes=options.classes,
         size=options.size,
+        columns=Columns(image=options.image_column, label=options.label_column),
     )
     device = pick_device(options.device)
     config = TeacherConfig(
@@ -110,10 +112,17 @@ def run_student(options: argparse.Namespace) -> int:
 
     from benchmarks.results_io import write_json
     from benchmarks.student import StudentConfig, load_matching_source, train_student
+    from builders.image_sets import Columns
     from nrrdd_format.dataset import open_dataset
 
     manifest = open_dataset(options.path).manifest
-    source = load_matching_source(manifest, name=options.source, data_dir=options.data_dir, test_dir=options.test_dir)
+    source = load_matching_source(
+        manifest,
+        name=options.source,
+        data_dir=options.data_dir,
+        test_dir=options.test_dir,
+        columns=Columns(image=options.image_column, label=options.label_column),
+    )
     config = StudentConfig(
         labels=options.labels,
         architecture=options.student,
@@ -159,8 +168,9 @@ def run_preview(options: argparse.Namespace) -> int:
 
 def _add_teacher(parser: argparse.ArgumentParser) -> None:
     add_source(parser, required=True)
+    add_columns(parser)
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help="only these classes (names or WNIDs)")
-    parser.add_argument("--size", type=int, metavar="PX", help="side of the images; imagefolder only")
+    parser.add_argument("--size", type=int, metavar="PX", help="side of the images; imagefolder and hf only")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the checkpoint to write")
     parser.add_argument("--architecture", metavar="ARCH", help="the network (default: the dataset's convD or resnet18)")
     parser.add_argument("--epochs", type=int, default=100, metavar="N", help="passes over the training images (100)")
@@ -181,6 +191,7 @@ def _add_student(parser: argparse.ArgumentParser) -> None:
         "--labels", choices=("dbr", "soft", "compact", "one-hot"), default="dbr", help="what to learn from (dbr)"
     )
     add_source(parser)
+    add_columns(parser)
     parser.add_argument("--student", metavar="ARCH", help="the network (default: the dataset's convD or resnet18)")
     parser.add_argument(
         "--teacher-checkpoint", nargs="+", type=Path, metavar="FILE", help="the teacher, for soft labels"

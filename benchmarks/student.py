@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from builders.config import pair_teachers
 from builders.ensemble import JOINT, load_teachers
+from builders.image_sets import PLAIN, Columns
 from builders.models import create_model
 from builders.progress import Progress
-from builders.sources import Source, load_source
+from builders.sources import OPEN_SIZES, Source, load_source
 from builders.teacher import Teacher, measure_top1
 from loaders import CompactLoss, DBRBatch, DBRLoader, DBRLoss, OneHotLoss, SoftLoss
 from nrrdd_format import draws
@@ -147,7 +148,12 @@ def train_student(
 
 
 def load_matching_source(
-    manifest: Manifest, *, name: str | None, data_dir: Path | None, test_dir: Path | None
+    manifest: Manifest,
+    *,
+    name: str | None,
+    data_dir: Path | None,
+    test_dir: Path | None,
+    columns: Columns = PLAIN,
 ) -> Source:
     """Loads the source that a dataset was built from; where it has more classes, the dataset's only.
 
@@ -155,6 +161,7 @@ def load_matching_source(
         manifest: the dataset's.
         name: the source's name; None takes the manifest's.
         data_dir, test_dir: where its images lie.
+        columns: where they stand in a table.
 
     Raises:
         ConfigError: an unknown name, or an option that this source does not take.
@@ -163,7 +170,12 @@ def load_matching_source(
     classes, size = manifest.dataset.class_names, manifest.images.size
     chosen = name or manifest.dataset.name
     load = partial(
-        load_source, chosen, data_dir=data_dir, test_dir=test_dir, size=size if chosen == "imagefolder" else None
+        load_source,
+        chosen,
+        data_dir=data_dir,
+        test_dir=test_dir,
+        size=size if chosen in OPEN_SIZES else None,
+        columns=columns,
     )
     source = load()
     if set(classes) < set(source.class_names):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from builders.image_sets import ArrayImages
+from builders.image_sets import ArrayImages, Splits
 from nrrdd_format import draws
 from nrrdd_format.errors import DataError
 
@@ -17,16 +16,7 @@ TEST_SHARE = 0.2
 """Share of each digit's images that form the test split; scikit-learn has none of its own."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ArraySplits:
-    """Both splits of a dataset and its class names."""
-
-    class_names: list[str]
-    train: ArrayImages
-    test: ArrayImages
-
-
-def load_digits(size: int) -> ArraySplits:
+def load_digits(size: int) -> Splits:
     """scikit-learn's 1797 handwritten digits (8x8 greys), split once and for all: 80 % training, 20 % test.
 
     Raises:
@@ -40,14 +30,14 @@ def load_digits(size: int) -> ArraySplits:
     pixels = np.rint(greys.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8).repeat(3, axis=3)
     digits = _images(pixels, labels, "digits", size)
     in_test = _test_members(digits.labels)
-    return ArraySplits(
+    return Splits(
         class_names=[str(digit) for digit in range(10)],
         train=digits.taken(np.flatnonzero(~in_test)),
         test=digits.taken(np.flatnonzero(in_test)),
     )
 
 
-def load_cifar(name: str, data_dir: Path, layout: str, size: int) -> ArraySplits:
+def load_cifar(name: str, data_dir: Path, layout: str, size: int) -> Splits:
     """CIFAR-10 or CIFAR-100 from torchvision's files in `data_dir`, downloaded first if missing.
 
     The files are pickles: torchvision compares each with a known checksum before it opens any.
@@ -65,7 +55,7 @@ def load_cifar(name: str, data_dir: Path, layout: str, size: int) -> ArraySplits
         raise DataError(
             f"{data_dir}: {name} is not there and cannot be downloaded ({reason}); expected {layout}"
         ) from error
-    return ArraySplits(
+    return Splits(
         class_names=list(train.classes),
         train=_images(train.data, train.targets, "train", size),
         test=_images(test.data, test.targets, "test", size),

@@ -174,6 +174,9 @@ class BuildConfig:
     test_dir: Path | None = None
     classes: tuple[str, ...] | None = None
     size: int | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    """Where images and labels stand in a dataset of Hugging Face."""
     work_dir: Path | None = None
     """Holds every stage's results; `<out>.work` by default."""
     teacher: str | None = None

@@ -89,6 +89,14 @@ DATASETS = {
         beta=None,
         tests=("test", "val"),
     ),
+    "hf": Dataset(
+        layout="a dataset of Hugging Face: a folder by save_to_disk, a folder of Parquet files, or a name on the hub",
+        size=None,
+        mean=_IMAGENET_MEAN,
+        std=_IMAGENET_STD,
+        beta=None,
+        tests=(),
+    ),
 }
 
 

@@ -1,19 +1,26 @@
-"""The images of one split, read one at a time: from files in a folder, or from an array in memory."""
+"""The images of one split, read one at a time: from a folder, from an array in memory, or out of large files."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from builders.images import read_rgb, resize_to
+from builders.images import UnusableImage, read_rgb, resize_to
 from nrrdd_format.errors import DataError
+
+Packed = TypeVar("Packed", bound="PackedImages")
+
+MIN_SIZE, MAX_SIZE = 8, 1024
+"""Bounds of the images' side: the smallest default network halves it three times."""
 
 
 class ImageSet(Protocol):
@@ -99,6 +106,93 @@ class ArrayImages:
         """The images of these classes only, relabelled 0, 1, …; `classes` ascends."""
         kept = self.taken(np.flatnonzero(np.isin(self.labels, classes)))
         return replace(kept, labels=np.searchsorted(classes, kept.labels).astype(np.int64))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedImages(ABC):
+    """Images that lie encoded in larger files; a subclass says where. `rows` number them there."""
+
+    labels: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    size: int
+
+    @abstractmethod
+    def encoded(self, row: int) -> Path | bytes:
+        """The image file of a row, or where it lies; raises UnusableImage or DataError."""
+
+    @abstractmethod
+    def row_name(self, row: int) -> str:
+        """A stable name of a row."""
+
+    @abstractmethod
+    def facts(self) -> Iterator[bytes]:
+        """What the fingerprint covers besides rows, labels and S."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        return self.row_name(int(self.rows[index]))
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        return _channels_first(resize_to(read_rgb(self.encoded(int(self.rows[index]))), self.size))
+
+    def fingerprint(self) -> str:
+        """Covers rows, labels, S and what the subclass knows without reading the images."""
+        start = f"{self.size} {len(self)}\n".encode()
+        return _sha256(chain((start, self.rows.tobytes(), self.labels.tobytes()), self.facts()))
+
+    def restricted_to(self: Packed, classes: list[int]) -> Packed:
+        """The images of these classes only, relabelled 0, 1, …; `classes` ascends."""
+        kept = np.isin(self.labels, classes)
+        labels = np.searchsorted(classes, self.labels[kept]).astype(np.int64)
+        return replace(self, rows=self.rows[kept], labels=labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Where images and labels stand in a table; None: where they are plain to see."""
+
+    image: str | None = None
+    label: str | None = None
+
+
+PLAIN = Columns()
+
+
+class DivisibleImages(ImageSet, Protocol):
+    """An image set that can be restricted to some of its classes."""
+
+    @property
+    def size(self) -> int:
+        """S."""
+
+    def restricted_to(self, classes: list[int]) -> ImageSet:
+        """The images of these classes only, relabelled 0, 1, …; `classes` ascends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """Both splits of a dataset and its class names."""
+
+    class_names: list[str]
+    train: DivisibleImages
+    test: DivisibleImages | None
+
+
+def first_side(encoded: Iterable[Path | bytes], largest: int) -> int | None:
+    """The shorter side of the first usable image, made even so that patches can tile it, from 8 to `largest` px.
+
+    None: no image is usable.
+    """
+    for file in encoded:
+        try:
+            height, width, _ = read_rgb(file).shape
+        except UnusableImage:
+            continue
+        side = int(min(height, width))
+        return min(max(side - side % 2, MIN_SIZE), largest)
+    return None
 
 
 def _channels_first(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

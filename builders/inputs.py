@@ -8,9 +8,18 @@ from builders.class_names import select_classes, some
 from builders.config import BuildConfig
 from builders.conventions import DATASETS
 from builders.given_images import GivenFolders, GivenImages, find_given, list_given, match_classes
-from builders.image_sets import ImageSet
-from builders.sources import MAX_SIZE, Source, check_name, load_source, load_split, make_source, natural_side
-from nrrdd_format.errors import ConfigError, DataError
+from builders.image_sets import MAX_SIZE, Columns, ImageSet
+from builders.sources import (
+    OPEN_SIZES,
+    Source,
+    check_name,
+    check_size,
+    load_source,
+    load_split,
+    make_source,
+    natural_side,
+)
+from nrrdd_format.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,20 +49,27 @@ def load_inputs(config: BuildConfig) -> Inputs:
     if config.from_images is not None:
         check_name(config.dataset)
         return _load_given(config, find_given(config.from_images))
-    source = load_source(
-        config.dataset, data_dir=config.data_dir, test_dir=config.test_dir, classes=config.classes, size=config.size
-    )
+    source = _load_source(config, config.size)
     return Inputs(source=source, real=source.test if source.test is not None else source.train)
+
+
+def _load_source(config: BuildConfig, size: int | None) -> Source:
+    return load_source(
+        config.dataset,
+        data_dir=config.data_dir,
+        test_dir=config.test_dir,
+        classes=config.classes,
+        size=size,
+        columns=Columns(image=config.image_column, label=config.label_column),
+    )
 
 
 def _load_given(config: BuildConfig, given: GivenFolders) -> Inputs:
     name, size = config.dataset, config.size
-    if name == "imagefolder" and size is None:
+    if name in OPEN_SIZES and size is None:
         size = natural_side(given.root, given.folders, MAX_SIZE)
     if config.data_dir is not None or name == "digits":
-        source = load_source(
-            name, data_dir=config.data_dir, test_dir=config.test_dir, classes=config.classes, size=size
-        )
+        source = _load_source(config, size)
     elif config.test_dir is not None:
         source = load_split(name, config.test_dir, classes=config.classes, size=size)
     else:
@@ -75,8 +91,7 @@ def _paired(folders: list[str], source: Source) -> str:
 def _alone(config: BuildConfig, given: GivenFolders, size: int | None) -> Inputs:
     """Given images without any real ones: their folders say what the classes are."""
     name, known = config.dataset, DATASETS[config.dataset]
-    if size is not None and name != "imagefolder":
-        raise ConfigError(f"--size: {name} has its own size; use --dataset imagefolder to choose another")
+    check_size(name, size)
     if known.classes is not None and len(given.folders) != known.classes and config.classes is None:
         raise DataError(
             f"{given.root}: found {len(given.folders)}/{known.classes} class folders of {name}; complete them, or use "

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from builders.array_sources import ArraySplits, load_cifar, load_digits
+from builders.array_sources import load_cifar, load_digits
 from builders.class_names import check_wnids, name_wnids, select_classes, some
 from builders.conventions import DATASETS, Colour, default_model
 from builders.folders import class_folders, image_names, list_classes, list_test
-from builders.image_sets import ImageSet
-from builders.images import UnusableImage, read_rgb
+from builders.hub_images import load_hub
+from builders.image_sets import MAX_SIZE, MIN_SIZE, PLAIN, Columns, ImageSet, Splits, first_side
 from nrrdd_format.errors import ConfigError, DataError
 
-MIN_SIZE, MAX_SIZE = 8, 1024
-"""Bounds of `--size`: the smallest default network halves the side three times."""
-
 LARGEST_DEFAULT = 224
-"""Side beyond which an `imagefolder` is not read unless `--size` says so."""
+"""Side beyond which images of no size of their own are not read unless `--size` says so."""
+
+OPEN_SIZES = tuple(name for name, dataset in DATASETS.items() if dataset.size is None)
+"""Datasets that take `--size`: any images may be in them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,7 @@ def load_source(
     test_dir: Path | None = None,
     classes: Sequence[str] | None = None,
     size: int | None = None,
+    columns: Columns = PLAIN,
 ) -> Source:
     """Finds a dataset's images and says how they are treated.
 
@@ -58,19 +59,24 @@ def load_source(
         data_dir: the folder that holds the dataset; CIFAR is downloaded there if it is missing.
         test_dir: the test split's folder, where it does not lie beside the training split.
         classes: only these classes, by name or WNID; they keep the dataset's order, labelled 0, 1, …
-        size: side in pixels to read an `imagefolder` at. Default: the shorter side of its first usable image,
-            made even, at most 224.
+        size: side in pixels to read images of no size of their own at (`OPEN_SIZES`). Default: the shorter side of
+            the first usable image, made even, at most 224.
+        columns: where images and labels stand in a dataset of Hugging Face.
 
     Raises:
         ConfigError: an unknown name or class, or an option that this dataset does not take.
         DataError: the images are missing or not laid out as expected.
     """
     check_name(name)
-    _check_size(name, size)
+    check_size(name, size)
+    _check_columns(name, columns)
     if name == "digits":
         return _digits_source(data_dir, test_dir, classes)
     if data_dir is None:
         raise DataError(f"{name}: --data-dir is missing; give the folder that holds {DATASETS[name].layout}")
+    if name == "hf":
+        _refuse_test_dir(name, test_dir)
+        return _without_gaps(_splits_source(name, load_hub(data_dir, columns, size, LARGEST_DEFAULT), classes))
     if name in ("cifar10", "cifar100") and not (data_dir / "train").is_dir():
         return _cifar_source(name, data_dir, test_dir, classes)
     return _folder_source(name, data_dir, test_dir, classes, size)
@@ -86,25 +92,35 @@ def _digits_source(data_dir: Path | None, test_dir: Path | None, classes: Sequen
     for option, given in (("--data-dir", data_dir), ("--test-dir", test_dir)):
         if given is not None:
             raise ConfigError(f"{option}: digits comes with scikit-learn and takes no folder; leave the option out")
-    return _array_source("digits", load_digits(32), classes)
+    return _splits_source("digits", load_digits(32), classes)
 
 
 def _cifar_source(name: str, data_dir: Path, test_dir: Path | None, classes: Sequence[str] | None) -> Source:
+    _refuse_test_dir(f"torchvision's {name}", test_dir)
+    return _splits_source(name, load_cifar(name, data_dir, DATASETS[name].layout, 32), classes)
+
+
+def _refuse_test_dir(name: str, test_dir: Path | None) -> None:
     if test_dir is not None:
-        raise ConfigError(f"--test-dir: torchvision's {name} brings its own test split; leave the option out")
-    return _array_source(name, load_cifar(name, data_dir, DATASETS[name].layout, 32), classes)
+        raise ConfigError(f"--test-dir: {name} brings its own test split; leave the option out")
 
 
-def _array_source(name: str, splits: ArraySplits, classes: Sequence[str] | None) -> Source:
+def _splits_source(name: str, splits: Splits, classes: Sequence[str] | None) -> Source:
     chosen = select_classes(splits.class_names, None, classes)
-    return make_source(
-        name,
-        class_names=[splits.class_names[label] for label in chosen],
-        wnids=None,
-        train=splits.train.restricted_to(chosen),
-        test=splits.test.restricted_to(chosen),
-        size=splits.train.size,
-    )
+    class_names = [splits.class_names[label] for label in chosen]
+    train = splits.train.restricted_to(chosen)
+    test = None if splits.test is None else splits.test.restricted_to(chosen)
+    return make_source(name, class_names=class_names, wnids=None, train=train, test=test, size=splits.train.size)
+
+
+def _without_gaps(source: Source) -> Source:
+    """The source, if both its splits have images of every class; raises DataError if not."""
+    for which, images in (("training", source.train), ("test", source.test)):
+        empty = set() if images is None else set(range(len(source.class_names))) - set(images.labels.tolist())
+        if empty:
+            named = some([source.class_names[label] for label in sorted(empty)])
+            raise DataError(f"{source.name}: the {which} split has no images for {named}")
+    return source
 
 
 def _folder_source(
@@ -121,7 +137,7 @@ def load_split(name: str, split: Path, *, classes: Sequence[str] | None = None, 
         ConfigError: an unknown class, or a size that this dataset does not take.
         DataError: the images are missing or not laid out as expected.
     """
-    _check_size(name, size)
+    check_size(name, size)
     return _split_source(name, None, split, None, classes, size)
 
 
@@ -226,25 +242,29 @@ def _check_classes(name: str, train: Path, folders: list[str]) -> None:
 
 
 def natural_side(train: Path, folders: Sequence[str], largest: int) -> int:
-    """The shorter side of the first usable image, made even so that patches can tile it, within bounds.
+    """The side at which images of no size of their own are read (see `first_side`).
 
     Raises:
         DataError: no image is usable.
     """
-    for name in (name for folder in folders for name in image_names(train, folder)):
-        try:
-            height, width, _ = read_rgb(train / name).shape
-        except UnusableImage:
-            continue
-        side = int(min(height, width))
-        return min(max(side - side % 2, MIN_SIZE), largest)
-    raise DataError(f"{train}: found no usable image in the folders {some(folders)}")
+    side = first_side((train / name for folder in folders for name in image_names(train, folder)), largest)
+    if side is None:
+        raise DataError(f"{train}: found no usable image in the folders {some(folders)}")
+    return side
 
 
-def _check_size(name: str, size: int | None) -> None:
+def _check_columns(name: str, columns: Columns) -> None:
+    """Refuses options that this dataset does not take."""
+    for option, column in (("--image-column", columns.image), ("--label-column", columns.label)):
+        if column is not None and name != "hf":
+            raise ConfigError(f"{option}: {name} has no columns; leave the option out, or use --dataset hf")
+
+
+def check_size(name: str, size: int | None) -> None:
+    """Raises ConfigError for a side that this dataset does not take."""
     if size is None:
         return
-    if name != "imagefolder":
+    if name not in OPEN_SIZES:
         raise ConfigError(f"--size: {name} is read at its own size; use --dataset imagefolder to choose another")
     if not MIN_SIZE <= size <= MAX_SIZE:
         raise ConfigError(f"--size: found {size}, expected {MIN_SIZE} to {MAX_SIZE} pixels")

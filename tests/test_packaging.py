@@ -149,7 +149,7 @@ def test_version_is_the_same_everywhere(
 def test_dependencies_are_those_imported(repository: Path, setup_cfg: ConfigParser, files: list[Path]) -> None:
     declared = requirements(setup_cfg["options"]["install_requires"])
     extras = setup_cfg["options.extras_require"]
-    optional = {name for extra in ("digits", "http", "timm") for name in requirements(extras[extra])}
+    optional = {name for extra in ("datasets", "digits", "http", "timm") for name in requirements(extras[extra])}
     imported: set[str] = set()
     for file in files:
         if file.suffix == ".py" and file.parts[0] in PACKAGES:

@@ -170,7 +170,9 @@ def _add_teacher(parser: argparse.ArgumentParser) -> None:
     add_source(parser, required=True)
     add_columns(parser)
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help="only these classes (names or WNIDs)")
-    parser.add_argument("--size", type=int, metavar="PX", help="side of the images; imagefolder and hf only")
+    parser.add_argument(
+        "--size", type=int, metavar="PX", help="side of the images; imagefolder, hf and webdataset only"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the checkpoint to write")
     parser.add_argument("--architecture", metavar="ARCH", help="the network (default: the dataset's convD or resnet18)")
     parser.add_argument("--epochs", type=int, default=100, metavar="N", help="passes over the training images (100)")

@@ -35,16 +35,18 @@ def add_source(parser: argparse.ArgumentParser, *, required: bool = False, defau
         metavar="NAME",
         required=required,
         default=default,
-        help=f"digits, cifar10, cifar100, imagenette, tiny-imagenet, imagenet, imagefolder or hf{hint}",
+        help=f"digits, cifar10, cifar100, imagenette, tiny-imagenet, imagenet, imagefolder, hf or webdataset{hint}",
     )
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the source images lie")
     parser.add_argument("--test-dir", type=Path, metavar="DIR", help="where the test images lie, if not beside them")
 
 
 def add_columns(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that name the columns of a source of Hugging Face."""
-    parser.add_argument("--image-column", metavar="NAME", help="hf: the column of images, where there are several")
-    parser.add_argument("--label-column", metavar="NAME", help="hf: the column of labels, where there are several")
+    """Adds the options that name where a source of Hugging Face or a WebDataset keeps images and labels."""
+    parser.add_argument("--image-column", metavar="NAME", help="hf: the column of images; webdataset: their ending")
+    parser.add_argument(
+        "--label-column", metavar="NAME", help="hf: the column of labels; webdataset: their ending or key in .json"
+    )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

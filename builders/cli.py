@@ -90,12 +90,15 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         required=True,
         metavar="NAME",
         help="digits, cifar10, cifar100, imagenette, tiny-imagenet, imagenet, imagefolder (one folder per class), "
-        "or hf (a dataset of Hugging Face)",
+        "hf (a dataset of Hugging Face) or webdataset (tar shards)",
     )
     group.add_argument("--ipc", type=int, metavar="N", help="images per class to distil")
     group.add_argument("--out", type=Path, metavar="DIR", help="the dataset folder to write (NAME-ipcN)")
     group.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="where the source images lie; hf: a name on the hub, too"
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="where the source images lie; hf: a name on the hub, too; webdataset: path/{000..099}.tar, too",
     )
     group.add_argument(
         "--from-images",
@@ -107,9 +110,11 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--images-method", metavar="TEXT", help="what made those images, for the dataset's manifest")
     group.add_argument("--test-dir", type=Path, metavar="DIR", help="held-out images for the teacher's check")
     group.add_argument("--classes", nargs="+", metavar="CLASS", help="only these classes (names or WNIDs)")
-    group.add_argument("--size", type=int, metavar="PX", help="side of the images; imagefolder and hf only")
-    group.add_argument("--image-column", metavar="NAME", help="hf: the column of images, where there are several")
-    group.add_argument("--label-column", metavar="NAME", help="hf: the column of labels, where there are several")
+    group.add_argument("--size", type=int, metavar="PX", help="side of the images; imagefolder, hf and webdataset only")
+    group.add_argument("--image-column", metavar="NAME", help="hf: the column of images; webdataset: their ending")
+    group.add_argument(
+        "--label-column", metavar="NAME", help="hf: the column of labels; webdataset: their ending or key in .json"
+    )
     group.add_argument("--source-license", metavar="TEXT", help="licence of the source images, for the dataset card")
 
 

@@ -176,7 +176,7 @@ class BuildConfig:
     size: int | None = None
     image_column: str | None = None
     label_column: str | None = None
-    """Where images and labels stand in a dataset of Hugging Face."""
+    """Where images and labels stand in a dataset of Hugging Face, or in the samples of a WebDataset."""
     work_dir: Path | None = None
     """Holds every stage's results; `<out>.work` by default."""
     teacher: str | None = None

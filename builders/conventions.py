@@ -89,6 +89,15 @@ DATASETS = {
         beta=None,
         tests=("test", "val"),
     ),
+    "webdataset": Dataset(
+        layout="shards *.tar of samples such as 0.jpg and 0.cls (or 0.json), in folders train and test or in one, "
+        "or a pattern such as path/{000..099}.tar",
+        size=None,
+        mean=_IMAGENET_MEAN,
+        std=_IMAGENET_STD,
+        beta=None,
+        tests=(),
+    ),
     "hf": Dataset(
         layout="a dataset of Hugging Face: a folder by save_to_disk, a folder of Parquet files, or a name on the hub",
         size=None,

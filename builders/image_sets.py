@@ -151,7 +151,7 @@ class PackedImages(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Where images and labels stand in a table; None: where they are plain to see."""
+    """Where images and labels stand in a table's rows, or in samples; None: where they are plain to see."""
 
     image: str | None = None
     label: str | None = None

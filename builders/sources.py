@@ -12,6 +12,7 @@ from builders.conventions import DATASETS, Colour, default_model
 from builders.folders import class_folders, image_names, list_classes, list_test
 from builders.hub_images import load_hub
 from builders.image_sets import MAX_SIZE, MIN_SIZE, PLAIN, Columns, ImageSet, Splits, first_side
+from builders.tar_images import load_tars
 from nrrdd_format.errors import ConfigError, DataError
 
 LARGEST_DEFAULT = 224
@@ -61,7 +62,7 @@ def load_source(
         classes: only these classes, by name or WNID; they keep the dataset's order, labelled 0, 1, …
         size: side in pixels to read images of no size of their own at (`OPEN_SIZES`). Default: the shorter side of
             the first usable image, made even, at most 224.
-        columns: where images and labels stand in a dataset of Hugging Face.
+        columns: where images and labels stand in a dataset of Hugging Face, or in the samples of a WebDataset.
 
     Raises:
         ConfigError: an unknown name or class, or an option that this dataset does not take.
@@ -77,6 +78,10 @@ def load_source(
     if name == "hf":
         _refuse_test_dir(name, test_dir)
         return _without_gaps(_splits_source(name, load_hub(data_dir, columns, size, LARGEST_DEFAULT), classes))
+    if name == "webdataset":
+        return _without_gaps(
+            _splits_source(name, load_tars(data_dir, test_dir, columns, size, LARGEST_DEFAULT), classes)
+        )
     if name in ("cifar10", "cifar100") and not (data_dir / "train").is_dir():
         return _cifar_source(name, data_dir, test_dir, classes)
     return _folder_source(name, data_dir, test_dir, classes, size)
@@ -256,7 +261,7 @@ def natural_side(train: Path, folders: Sequence[str], largest: int) -> int:
 def _check_columns(name: str, columns: Columns) -> None:
     """Refuses options that this dataset does not take."""
     for option, column in (("--image-column", columns.image), ("--label-column", columns.label)):
-        if column is not None and name != "hf":
+        if column is not None and name not in ("hf", "webdataset"):
             raise ConfigError(f"{option}: {name} has no columns; leave the option out, or use --dataset hf")
 
 

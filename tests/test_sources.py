@@ -554,7 +554,7 @@ def test_unknown_dataset() -> None:
     refuse("found 'mnist', expected one of digits, cifar10", ConfigError, name="mnist", data_dir=None)
 
 
-FOLDER_DATASETS = [name for name in DATASETS if name not in ("digits", "hf")]
+FOLDER_DATASETS = [name for name in DATASETS if name not in ("digits", "hf", "webdataset")]
 
 
 @pytest.mark.parametrize("name", FOLDER_DATASETS)

@@ -1,0 +1,293 @@
+"""WebDataset shards as sources: where labels stand, how splits are told apart, and damage that a tar reader hides."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from builders.cli import main
+from builders.image_sets import Columns
+from builders.images import UnusableImage
+from builders.models import create_model
+from builders.sources import Source, load_source
+from builders.tar_images import TarImages
+from builders.teacher import save_checkpoint
+from nrrdd_format.dataset import open_dataset
+from nrrdd_format.errors import ConfigError, DataError
+from nrrdd_format.verify import verify_dataset
+
+SIZE = 16
+
+
+def encoded(number: int, side: int = SIZE) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes], **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **options) as archive:
+        for name, data in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            archive.addfile(header, io.BytesIO(data))
+    return path
+
+
+def samples(numbers: range, classes: int = 3) -> dict[str, bytes]:
+    members: dict[str, bytes] = {}
+    for k in numbers:
+        members |= {f"{k:04d}.png": encoded(k), f"{k:04d}.cls": str(k % classes).encode()}
+    return members
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Two shards of training images, one of test images, three classes."""
+    root = tmp_path / "shards"
+    write_tar(root / "train" / "000.tar", samples(range(5)))
+    write_tar(root / "train" / "001.tar", samples(range(5, 9)))
+    write_tar(root / "test" / "000.tar", samples(range(20, 23)))
+    return root
+
+
+def load(place: Path | str, classes: list[str] | None = None, **options: Any) -> Source:
+    columns = Columns(image=options.pop("image", None), label=options.pop("label", None))
+    return load_source("webdataset", data_dir=Path(place), classes=classes, columns=columns, **options)
+
+
+def refuse(place: Path | str, match: str, **options: Any) -> None:
+    with pytest.raises(DataError, match=match) as caught:
+        load(place, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_are_read_in_any_order(shards: Path) -> None:
+    source = load(shards)
+    assert source.class_names == ["0", "1", "2"]
+    assert source.train.labels.tolist() == [0, 1, 2] * 3
+    for index in (8, 0, 5):
+        expected = np.asarray(Image.open(io.BytesIO(encoded(index)))).transpose(2, 0, 1)
+        np.testing.assert_array_equal(source.train.read(index), expected)
+    assert source.train.name(5) == "001.tar/0005"
+    assert source.test is not None and len(source.test) == 3
+    assert (source.size, source.beta, source.flip) == (SIZE, 1, True)
+
+
+def test_what_the_library_writes_and_a_pattern(tmp_path: Path) -> None:
+    for number in range(2):
+        with webdataset.TarWriter(str(tmp_path / f"a-{number:03d}.tar")) as writer:
+            for k in range(6):
+                writer.write({"__key__": f"sub/{k}", "png": encoded(k), "cls": k % 3})
+    source = load(tmp_path / "a-{000..001}.tar")
+    assert len(source.train) == 12
+    assert source.train.name(11) == "a-001.tar/sub/5"
+    refuse(tmp_path / "a-{000..002}.tar", r"found no file a-002\.tar")
+
+
+def test_class_names_beside_the_shards_and_a_subset(shards: Path) -> None:
+    (shards / "classnames.txt").write_text("ape\nbee\ncat\n")
+    assert load(shards).class_names == ["ape", "bee", "cat"]
+    source = load(shards, ["cat", "ape"])
+    assert source.class_names == ["ape", "cat"]
+    assert source.train.labels.tolist() == [0, 1] * 3
+    assert source.train.name(1) == "000.tar/0002"
+    with pytest.raises(ConfigError, match="--classes: found 'dog'"):
+        load(shards, ["dog", "ape"])
+
+
+def test_splits_told_apart_by_the_names_of_shards(tmp_path: Path) -> None:
+    for name in ("imagenet1k-train-00.tar", "imagenet1k-train-01.tar", "imagenet1k-validation-00.tar", "other.tar"):
+        write_tar(tmp_path / name, samples(range(3)))
+    source = load(tmp_path)
+    assert source.test is not None
+    assert (len(source.train), len(source.test)) == (6, 3)
+
+
+def test_shards_of_unknown_names_are_all_for_training(tmp_path: Path, shards: Path) -> None:
+    for name in ("contest.tar", "valley.tar"):
+        write_tar(tmp_path / "all" / name, samples(range(3)))
+    source = load(tmp_path / "all")
+    assert (len(source.train), source.test) == (6, None)
+    test = load(tmp_path / "all", test_dir=shards / "test").test
+    assert test is not None and len(test) == 3
+
+
+# Labels
+
+
+def test_labels_in_json(tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for k, name in enumerate(["cow", "ant", "cow", "ant"]):
+        members |= {f"{k}.png": encoded(k), f"{k}.json": json.dumps({"label": name, "fine": k}).encode()}
+    write_tar(tmp_path / "0.tar", members)
+    source = load(tmp_path)
+    assert source.class_names == ["ant", "cow"]
+    assert source.train.labels.tolist() == [1, 0, 1, 0]
+    assert load(tmp_path, label="fine").class_names == ["0", "1", "2", "3"]
+    refuse(tmp_path, r"sample '0' has no label: found png, json, .* under 'coarse'", label="coarse")
+
+
+def test_label_and_image_by_their_endings(tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for k in range(4):
+        members |= {f"{k}.left.png": encoded(k), f"{k}.jpg": encoded(k + 10), f"{k}.png": encoded(k), f"{k}.cls": b"0"}
+        members[f"{k}.target.txt"] = b"dog\n" if k % 2 else b"cat\n"
+    write_tar(tmp_path / "0.tar", members)
+    refuse(tmp_path, r"sample '0' has several images \(jpg, png\); name one with --image-column")
+    source = load(tmp_path, image="jpg", label="target.txt")
+    assert source.class_names == ["cat", "dog"]
+    expected = np.asarray(Image.open(io.BytesIO(encoded(11)))).transpose(2, 0, 1)
+    np.testing.assert_array_equal(source.train.read(1), expected)
+
+
+@pytest.mark.parametrize(
+    ("members", "match"),
+    [
+        ({"a.png": encoded(0)}, r"0\.tar: sample 'a' has no label: found png, expected a member \.cls"),
+        ({"a.png": encoded(0), "a.json": b"{"}, r"sample 'a': its \.json cannot be read"),
+        ({"a.png": encoded(0), "a.json": b"[" * 100_000}, r"sample 'a': its \.json cannot be read"),
+        ({"a.png": encoded(0), "a.json": b'{"label": 1.5}'}, "sample 'a' has no label"),
+        ({"a.png": encoded(0), "a.json": b'{"label": true}'}, "sample 'a' has no label"),
+        ({"a.png": encoded(0), "a.json": b"[1]"}, "sample 'a' has no label"),
+        ({"a.png": encoded(0), "a.cls": b"\xff"}, r"sample 'a': its \.cls is no UTF-8 text"),
+        ({"a.png": encoded(0), "a.cls": bytes((1 << 20) + 1)}, r"its \.cls has 1048577 bytes, expected at most"),
+        ({"a.png": encoded(0), "a.cls": b"1", "b.png": encoded(0), "b.cls": b"x"}, "numbers and names as labels"),
+        ({"a.png": encoded(0), "a.cls": b"999999999999"}, "labels 999999999999 to 999999999999, expected classes numb"),
+        ({"a.png": encoded(0), "a.json": b'{"label": -1}'}, "labels -1 to -1, expected classes numbered from 0"),
+        ({"a.png": encoded(0), "a.cls": b"1", "b.png": encoded(0), "b.cls": b"2"}, "split has no images for 0"),
+        ({"a.txt": b"no image", "a.cls": b"1"}, "found no images in 1 shards"),
+        ({"a.png": b"broken", "a.cls": b"0"}, "found no usable image in 1 shards"),
+    ],
+)  # fmt: skip
+def test_samples_without_a_usable_label(tmp_path: Path, members: dict[str, bytes], match: str) -> None:
+    write_tar(tmp_path / "0.tar", members)
+    refuse(tmp_path, match)
+
+
+def test_a_label_beyond_the_names(shards: Path) -> None:
+    (shards / "classnames.txt").write_text("ape\nbee\n")
+    refuse(shards, r"000\.tar: sample '0002' has the label 2, expected one of the 2 classes")
+
+
+def test_what_is_no_sample_is_passed_over(tmp_path: Path) -> None:
+    members = {"__nrrdd__/header": b"x", ".hidden.png": b"x", "lost.json": b"{}", **samples(range(3))}
+    path = write_tar(tmp_path / "0.tar", members)
+    with tarfile.open(path, "a") as archive:
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    write_tar(tmp_path / "._0.tar", {})
+    assert len(load(tmp_path).train) == 3
+
+
+def test_long_names(tmp_path: Path) -> None:
+    long = "deep/" * 40 + "x" * 150
+    members = {
+        f"{long}{k}.{ending}": data for k in range(2) for ending, data in (("png", encoded(k)), ("cls", b"%d" % k))
+    }
+    write_tar(tmp_path / "gnu.tar", members, format=tarfile.GNU_FORMAT)
+    write_tar(tmp_path / "pax.tar", members, format=tarfile.PAX_FORMAT)
+    train = load(tmp_path).train
+    assert train.name(3) == f"pax.tar/{long}1"
+    np.testing.assert_array_equal(train.read(1), train.read(3))
+
+
+# Damage
+
+
+def test_a_tar_cut_off_anywhere_is_named(tmp_path: Path) -> None:
+    """Even between two members, where Python's reader sees a whole archive with fewer of them."""
+    whole = write_tar(tmp_path / "whole.tar", samples(range(3))).read_bytes()
+    cut = tmp_path / "cut" / "0.tar"
+    cut.parent.mkdir()
+    used = len(whole.rstrip(b"\0"))
+    for length in range(0, used, 512):
+        cut.write_bytes(whole[:length])
+        refuse(cut.parent, r"0\.tar: (is no whole tar file|is damaged or cut off at byte|ends within)")
+    for length in (100, 700, used - 1):
+        cut.write_bytes(whole[:length])
+        refuse(cut.parent, r"0\.tar: (is no whole tar file|is damaged or cut off at byte|ends within)")
+
+
+def test_a_damaged_header_does_not_end_the_shard_in_silence(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "0.tar", samples(range(3)))
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as archive:
+        place = archive.getmember("0001.png").offset
+    data[place] ^= 0xFF
+    path.write_bytes(data)
+    refuse(tmp_path, rf"0\.tar: is damaged or cut off at byte {place}, before the tar's end marker")
+
+
+@pytest.mark.parametrize("content", [b"", b"text" * 500, b"\x1f\x8b\x08" + bytes(600)])
+def test_what_is_no_tar(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "0.tar").write_bytes(content)
+    refuse(tmp_path, r"0\.tar: is no whole tar file")
+
+
+def test_a_shard_that_shrinks_or_goes_after_it_was_indexed(shards: Path) -> None:
+    train = load(shards).train
+    path = shards / "train" / "001.tar"
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(DataError, match=r"001\.tar: ends within 0005"):
+        train.read(5)
+    path.unlink()
+    with pytest.raises(DataError, match=r"001\.tar: cannot be read"):
+        train.read(5)
+
+
+def test_a_huge_member_is_not_read(shards: Path) -> None:
+    train = load(shards).train
+    assert isinstance(train, TarImages)
+    train.length[0] = 1 << 40
+    with pytest.raises(UnusableImage, match="more than the"):
+        train.read(0)
+
+
+def test_places_without_shards(tmp_path: Path) -> None:
+    refuse(tmp_path, "found no .tar files")
+    refuse("https://host/{0..9}.tar", "read from a disk, not from a URL; copy them")
+    refuse("pipe:curl x", "read from a disk, not from a URL")
+    with pytest.raises(DataError, match="webdataset: --data-dir is missing"):
+        load_source("webdataset", data_dir=None)
+
+
+def test_the_fingerprint_follows_the_samples(shards: Path) -> None:
+    first = load(shards).train.fingerprint()
+    assert load(shards).train.fingerprint() == first
+    others = {load(shards, size=24).train.fingerprint(), load(shards, ["0", "1"]).train.fingerprint()}
+    members = samples(range(5, 9))
+    members["0005.cls"] = b"1"
+    write_tar(shards / "train" / "001.tar", members)
+    others.add(load(shards).train.fingerprint())
+    write_tar(shards / "train" / "001.tar", samples(range(5, 10)))
+    others.add(load(shards).train.fingerprint())
+    assert len(others | {first}) == 5
+
+
+def test_a_build_from_shards_skips_broken_images(shards: Path, tmp_path: Path) -> None:
+    members = samples(range(5))
+    members["0003.png"] = b"broken"
+    write_tar(shards / "train" / "000.tar", members)
+    torch.manual_seed(0)
+    save_checkpoint(tmp_path / "teacher.pt", create_model("conv2-w8", 3, SIZE), "conv2-w8", ["0", "1", "2"])
+    command = (
+        f"--dataset webdataset --data-dir {shards} --size {SIZE} --ipc 2 --out {tmp_path}/out --epochs 1 "
+        f"--iterations 1 --device cpu --teacher-checkpoint {tmp_path}/teacher.pt --min-teacher-top1 0"
+    )
+    assert main(command.split()) == 0
+    assert verify_dataset(tmp_path / "out") == []
+    assert open_dataset(tmp_path / "out").manifest.dataset.name == "webdataset"
+    assert "000.tar/0003" in next((tmp_path / "out.work").glob("build-*.json")).read_text()

@@ -50,11 +50,10 @@ def is_built(job: Job) -> bool:
     """Whether the output folder already holds this very dataset.
 
     Raises:
-        OutputError: something else is in the way, or its parent folder cannot be made.
+        OutputError: something else is in the way.
     """
     out = job.config.out
     if not out.exists():
-        _make_folder(out.parent)
         return False
     if (out / MANIFEST_NAME).is_file() and Manifest.load(out / MANIFEST_NAME).method.get("build_key") == job.key:
         return True
@@ -68,7 +67,7 @@ def assemble(job: Job, teacher_top1: float | None) -> None:
     """Writes the dataset folder and gives it its final name."""
     out = job.config.out
     partial = out.with_name(f"{out.name}.partial-{job.key}")
-    _make_folder(partial)
+    make_folder(partial)
     for shard in job.ranks.share(range(len(job.shards))):
         if not (job.writing.has(ENTRY.format(shard)) and (partial / shard_name(shard)).is_file()):
             job.writing.save_json(ENTRY.format(shard), asdict(_write(job, shard, partial)))
@@ -214,7 +213,8 @@ def _masks(job: Job, initial: Images, labels: NDArray[np.int64]) -> Masks:
     return mask
 
 
-def _make_folder(path: Path) -> None:
+def make_folder(path: Path) -> None:
+    """Makes a folder of the output; raises OutputError if it cannot."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -31,7 +31,11 @@ A build can be stopped at any moment: the same command goes on where it was.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status (2: the user's mistake, 130: interrupted)."""
     try:
-        config = parse(arguments)
+        config, dry = _parse(arguments)
+        if dry:
+            from builders.plan import plan
+
+            return 0 if plan(config) else 2
         from builders.pipeline import build  # torch is loaded only once the options are known to be sound
 
         build(config)
@@ -46,6 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None = None) -> BuildConfig:
     """Turns command-line arguments into a checked configuration."""
+    return _parse(arguments)[0]
+
+
+def _parse(arguments: Sequence[str] | None) -> tuple[BuildConfig, bool]:
+    """The configuration, and whether it is only to be planned."""
     parser = make_parser()
     values = vars(parser.parse_args(arguments))
     given = values["from_images"]
@@ -59,7 +68,8 @@ def parse(arguments: Sequence[str] | None = None) -> BuildConfig:
         values["classes"] = tuple(values["classes"])
     first, *more = pair_teachers(values.pop("teacher") or (), values.pop("teacher_checkpoint") or ())
     values |= {"teacher": first.architecture, "teacher_checkpoint": first.checkpoint, "more_teachers": tuple(more)}
-    return BuildConfig(**values)
+    dry = values.pop("plan")
+    return BuildConfig(**values), dry
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -183,6 +193,12 @@ def _add_records(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_run(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--plan",
+        action="store_true",
+        help="build nothing: print stages, work done and left, time, disk and memory, and check what can be checked; "
+        "exit status 0 if the build could start, else 2",
+    )
     group.add_argument("--seed", type=int, metavar="N", help="of every random draw (0)")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), help="auto takes a GPU where there is one")
     group.add_argument("--threads", type=int, metavar="N", help="torch's CPU threads (results depend on them a little)")

@@ -15,7 +15,7 @@ import msgpack
 import numpy as np
 import torch
 
-from builders.assembly import assemble, check_manifest, is_built
+from builders.assembly import assemble, check_manifest, is_built, make_folder
 from builders.config import BuildConfig
 from builders.discovery import discover_class
 from builders.encoding import encode_image
@@ -61,6 +61,7 @@ def build(config: BuildConfig) -> Path:
         if is_built(job):
             ranks.say(f"{config.out}: already built from these settings")
             return config.out
+        make_folder(config.out.parent)
         for stage in job.stages:
             stage.make()
         top1 = check_teacher(job)
@@ -124,11 +125,12 @@ def scan(job: Job) -> list[list[int]]:
     classes = [job.scan.load_json(CLASS_JSON.format(label)) for label in range(job.num_classes)]
     if job.ranks.is_first:
         write_build_log(job, [entry for found in classes for entry in found["bad"]])
-    _refuse_small_classes(job, [len(found["indices"]) for found in classes])
+    refuse_small_classes(job, [len(found["indices"]) for found in classes])
     return [found["indices"] for found in classes]
 
 
-def _refuse_small_classes(job: Job, counts: Sequence[int]) -> None:
+def refuse_small_classes(job: Job, counts: Sequence[int]) -> None:
+    """Raises DataError if classes have fewer usable images than discovery needs; `counts` are those of every class."""
     required = job.settings.discovery.images_required
     small = [(job.source.class_names[label], count) for label, count in enumerate(counts) if count < required]
     if small:

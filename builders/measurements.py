@@ -1,0 +1,165 @@
+"""How long the units of a build take here and how large its parts get, measured on a few of them.
+
+Every measurement runs a stage's own code on real images, on the device of the build, and keeps nothing. The first run
+of each warms up (caches, compilation) and does not count where a second is affordable.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from builders.discovery import discover_class
+from builders.encoding import encode_image
+from builders.given_images import stored_bytes
+from builders.image_sets import ImageSet
+from builders.job import BATCH_ARRAY, Job
+from builders.reading import read_usable
+from builders.refinement import refine_batch
+from builders.relabel import BATCH, relabel_epoch
+from nrrdd_format import draws
+from nrrdd_format.errors import DataError
+from nrrdd_format.pairs import PairRecords, draw_pairs
+from nrrdd_format.records import encode_shard_records
+
+Result = TypeVar("Result")
+SAMPLE = 8
+"""Images that are read and encoded."""
+DISCOVERED = 24
+"""Training images that discovery is tried on, about."""
+AFFORDABLE = 10.0
+"""Seconds up to which a measurement is made a second time, warm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """What labelling comes to: seconds and stored bytes of a pair."""
+
+    seconds: float
+    write_seconds: float
+    bytes: float
+
+
+def read_sample(images: ImageSet) -> tuple[NDArray[np.uint8], float]:
+    """A few usable images (k, 3, S, S) of the whole set, and the seconds that reading one takes.
+
+    Raises:
+        DataError: none of them is usable.
+    """
+    order = draws.permutation(0, "plan-images", count=len(images))[:SAMPLE]
+    (pixels, _), seconds = _timed(lambda: read_usable(images, order.tolist()))
+    if not len(pixels):
+        raise DataError(f"none of {len(order)} images is usable, the first being {images.name(int(order[0]))}")
+    return pixels.numpy(), seconds / len(order)
+
+
+def discovery_seconds(job: Job) -> float:
+    """Seconds for each training image that discovery looks at.
+
+    Raises:
+        DataError: too few images of the first class are usable to try it.
+    """
+    settings, train = job.settings.discovery, job.source.train
+    ipc = min(settings.ipc, max(1, DISCOVERED // (settings.images_needed // settings.ipc)))
+    small = replace(settings, ipc=ipc)
+    members = np.flatnonzero(train.labels == 0)[: 2 * small.images_needed].tolist()
+    usable = [index for index in members if len(read_usable(train, [index])[1])][: small.images_needed]
+    if len(usable) < small.images_required:
+        name = job.source.class_names[0]
+        raise DataError(f"class {name}: {len(usable)} of the first {len(members)} training images are usable")
+    seconds = _warm(lambda: discover_class(train, 0, usable, job.eyes, small, job.config.seed))
+    return seconds / len(usable)
+
+
+def refinement_seconds(job: Job, images: NDArray[np.uint8]) -> float:
+    """Seconds of one refinement step of a full batch."""
+    batch = job.batches[0]
+    initial = images[np.arange(len(batch)) % len(images)]
+    _, mixes = job.layout(0).codebooks
+
+    def run(iterations: int) -> float:
+        settings = replace(job.settings.refinement, iterations=iterations)
+        started = time.perf_counter()
+        refine_batch(
+            initial,
+            job.labels[batch],
+            job.eyes,
+            settings,
+            mixes=mixes,
+            seed=job.config.seed,
+            batch=0,
+            on_step=lambda terms: None,
+        )
+        return time.perf_counter() - started
+
+    first = run(1)
+    return first if first > AFFORDABLE else (run(4) - run(1)) / 3
+
+
+def encoding(job: Job, images: NDArray[np.uint8]) -> tuple[float, float]:
+    """Seconds and bytes of one stored image: of given ones, of refined ones if there are some, or else of `images`."""
+    settings, given = job.settings.encoding, job.given
+    done = job.refinement.path / BATCH_ARRAY.format(0)
+    if given is not None:
+        keep, numbers = job.config.image_quality is None, range(min(SAMPLE, len(given.files)))
+        data, seconds = _timed(lambda: [stored_bytes(given, number, settings, keep=keep) for number in numbers])
+    else:
+        made = job.refinement.load_array(done.name)[:SAMPLE] if done.is_file() else images
+        data, seconds = _timed(lambda: [encode_image(image, settings) for image in made])
+    return seconds / len(data), float(np.mean([len(file) for file in data]))
+
+
+def labels(job: Job, images: NDArray[np.uint8]) -> Labels:
+    """Labels some pairs of the first shard, and writes a block of records with distances like theirs."""
+    layout, members = job.layout(0), job.shards[0]
+    shard = torch.from_numpy(images[np.arange(len(members)) % len(images)]).to(job.device)
+    pairs = draw_pairs(layout, 0, 0).take(np.arange(min(BATCH, len(members))))
+
+    def label() -> NDArray[np.float32]:
+        return relabel_epoch(
+            shard,
+            job.labels[members],
+            pairs,
+            model=job.teacher.model,
+            temperature=job.settings.records.temperature,
+            mean=job.mean,
+            std=job.std,
+        )
+
+    distances, first = _timed(label)
+    seconds = first if first > AFFORDABLE else _timed(label)[1]
+    epochs = list(_epochs(job, distances))
+    blocks, write_seconds = _timed(lambda: encode_shard_records(epochs, layout, 0))
+    written = len(epochs) * layout.pairs
+    return Labels(
+        seconds=seconds / len(pairs),
+        write_seconds=write_seconds / written,
+        bytes=sum(map(len, blocks)) / written,
+    )
+
+
+def _epochs(job: Job, distances: NDArray[np.float32]) -> Iterator[PairRecords]:
+    """A block's epochs of the first shard, their distances drawn from those given."""
+    layout = job.layout(0)
+    for epoch in range(min(layout.block_epochs, job.settings.records.epochs)):
+        chosen = draws.integers(0, "plan-distances", epoch, count=layout.pairs, high=distances.shape[1])
+        org, aug = distances[:, chosen]
+        yield replace(draw_pairs(layout, 0, epoch), distance_org=org, distance_aug=aug)
+
+
+def _warm(call: Callable[[], object]) -> float:
+    """Seconds of a call, of its second run if the first was short."""
+    first = _timed(call)[1]
+    return first if first > AFFORDABLE else _timed(call)[1]
+
+
+def _timed(call: Callable[[], Result]) -> tuple[Result, float]:
+    started = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - started

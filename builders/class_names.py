@@ -30,6 +30,11 @@ MAX_TEXT_BYTES = 1 << 24
 _WNID = re.compile(r"n\d{8}")
 
 
+def are_wnids(names: Sequence[str]) -> bool:
+    """Whether every name is a WNID."""
+    return all(_WNID.fullmatch(name) for name in names)
+
+
 def check_wnids(split: Path, folders: Sequence[str]) -> None:
     """Raises DataError unless every class folder is named by a WNID."""
     others = [folder for folder in folders if not _WNID.fullmatch(folder)]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from builders.class_names import name_wnids, read_lines
+from builders.class_names import are_wnids, name_wnids, read_lines
 from builders.progress import Progress
 from nrrdd_format.errors import DataError, FormatError
 from nrrdd_format.image_file import check_image
@@ -28,7 +28,6 @@ from nrrdd_format.manifest import CODEC_EXTENSIONS, Codec
 from nrrdd_format.shards import EncodedImage
 
 CLASSES_FILE = "classes.txt"
-_WNID = re.compile(r"n\d{8}")
 _UNSAFE = re.compile(r"[^\w .,()'+-]")
 _MAX_NAME = 60
 
@@ -123,7 +122,7 @@ def read_classes(root: Path, folders: Sequence[str]) -> Classes:
     path = root / CLASSES_FILE
     if path.is_file():
         return _listed(path, [line.split("\t") for line in read_lines(path)], folders)
-    if all(_WNID.fullmatch(folder) for folder in folders):
+    if are_wnids(folders):
         return Classes(names=tuple(name_wnids(root, folders)), wnids=tuple(folders))
     return Classes(names=tuple(folders), wnids=None)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from builders.array_sources import load_cifar, load_digits
-from builders.class_names import check_wnids, name_wnids, select_classes, some
+from builders.class_names import are_wnids, check_wnids, name_wnids, select_classes, some
 from builders.conventions import DATASETS, Colour, default_model
 from builders.folders import class_folders, image_names, list_classes, list_test
 from builders.hub_images import load_hub
@@ -77,11 +77,9 @@ def load_source(
         raise DataError(f"{name}: --data-dir is missing; give the folder that holds {DATASETS[name].layout}")
     if name == "hf":
         _refuse_test_dir(name, test_dir)
-        return _without_gaps(_splits_source(name, load_hub(data_dir, columns, size, LARGEST_DEFAULT), classes))
+        return _packed_source(name, data_dir, load_hub(data_dir, columns, size, LARGEST_DEFAULT), classes)
     if name == "webdataset":
-        return _without_gaps(
-            _splits_source(name, load_tars(data_dir, test_dir, columns, size, LARGEST_DEFAULT), classes)
-        )
+        return _packed_source(name, data_dir, load_tars(data_dir, test_dir, columns, size, LARGEST_DEFAULT), classes)
     if name in ("cifar10", "cifar100") and not (data_dir / "train").is_dir():
         return _cifar_source(name, data_dir, test_dir, classes)
     return _folder_source(name, data_dir, test_dir, classes, size)
@@ -110,12 +108,26 @@ def _refuse_test_dir(name: str, test_dir: Path | None) -> None:
         raise ConfigError(f"--test-dir: {name} brings its own test split; leave the option out")
 
 
-def _splits_source(name: str, splits: Splits, classes: Sequence[str] | None) -> Source:
-    chosen = select_classes(splits.class_names, None, classes)
-    class_names = [splits.class_names[label] for label in chosen]
-    train = splits.train.restricted_to(chosen)
-    test = None if splits.test is None else splits.test.restricted_to(chosen)
-    return make_source(name, class_names=class_names, wnids=None, train=train, test=test, size=splits.train.size)
+def _splits_source(
+    name: str, splits: Splits, classes: Sequence[str] | None, wnids: Sequence[str] | None = None
+) -> Source:
+    chosen = select_classes(splits.class_names, wnids, classes)
+    return make_source(
+        name,
+        class_names=[splits.class_names[label] for label in chosen],
+        wnids=None if wnids is None else [wnids[label] for label in chosen],
+        train=splits.train.restricted_to(chosen),
+        test=None if splits.test is None else splits.test.restricted_to(chosen),
+        size=splits.train.size,
+    )
+
+
+def _packed_source(name: str, data_dir: Path, splits: Splits, classes: Sequence[str] | None) -> Source:
+    """A source whose images lie in large files; classes that are named by WNIDs get their words."""
+    wnids = splits.class_names if are_wnids(splits.class_names) else None
+    if wnids is not None:
+        splits = replace(splits, class_names=name_wnids(data_dir if data_dir.is_dir() else data_dir.parent, wnids))
+    return _without_gaps(_splits_source(name, splits, classes, wnids))
 
 
 def _without_gaps(source: Source) -> Source:

@@ -91,6 +91,13 @@ def test_a_subset_of_the_classes_keeps_names_and_order(saved: Path) -> None:
         load(saved, ["dog", "ape"])
 
 
+def test_classes_named_by_wnids_get_their_words(tmp_path: Path) -> None:
+    names = datasets.ClassLabel(names=["n01440764", "n02102040", "n03000684"])
+    table(label=names).save_to_disk(str(tmp_path / "nette"))
+    source = load(tmp_path / "nette", ["n03000684", "tench"])
+    assert (source.class_names, source.wnids) == (["tench", "chain saw"], ["n01440764", "n03000684"])
+
+
 def test_parquet_files_and_another_size(tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     table().to_parquet(str(tmp_path / "files" / "train-00000.parquet"))

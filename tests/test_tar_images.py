@@ -139,6 +139,21 @@ def test_labels_in_json(tmp_path: Path) -> None:
     refuse(tmp_path, r"sample '0' has no label: found png, json, .* under 'coarse'", label="coarse")
 
 
+def test_classes_named_by_wnids_get_their_words(tmp_path: Path) -> None:
+    """As ImageNette's folders do: a teacher trained on those knows the classes by the same names."""
+    members: dict[str, bytes] = {}
+    for k, wnid in enumerate(["n03000684", "n01440764", "n02102040"]):
+        members |= {f"{k}.png": encoded(k), f"{k}.cls": wnid.encode()}
+    write_tar(tmp_path / "0.tar", members)
+    (tmp_path / "words.txt").write_text("n03000684\tchainsaw, a tool\n")
+    source = load(tmp_path)
+    assert source.class_names == ["tench", "English springer", "chainsaw, a tool"]
+    assert source.wnids == ["n01440764", "n02102040", "n03000684"]
+    for wanted in ("n03000684", "chainsaw"):
+        source = load(tmp_path / "0.tar", [wanted, "tench"])
+        assert (source.wnids, source.train.labels.tolist()) == (["n01440764", "n03000684"], [1, 0])
+
+
 def test_label_and_image_by_their_endings(tmp_path: Path) -> None:
     members: dict[str, bytes] = {}
     for k in range(4):

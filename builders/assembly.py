@@ -41,8 +41,9 @@ from nrrdd_format.records import encode_shard_records
 from nrrdd_format.shards import EncodedImage, ShardEntry, shard_name, write_shard
 
 METHOD = "NRR-DD"
+"""Names, in the manifest's `method`, what made a dataset here."""
 LABELS_METHOD = "DBR of given images"
-"""Name, in the manifest's `method`, what made a dataset here."""
+"""Names it where the images existed already."""
 ENTRY = "shard-{:05d}.json"
 
 

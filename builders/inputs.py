@@ -19,7 +19,7 @@ from builders.sources import (
     make_source,
     natural_side,
 )
-from nrrdd_format.errors import DataError
+from nrrdd_format.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,8 @@ def _load_given(config: BuildConfig, given: GivenFolders) -> Inputs:
         size = natural_side(given.root, given.folders, MAX_SIZE)
     if config.data_dir is not None or name == "digits":
         source = _load_source(config, size)
+    elif config.image_column is not None or config.label_column is not None:
+        raise ConfigError("--image-column and --label-column: found without --data-dir, expected with it")
     elif config.test_dir is not None:
         source = load_split(name, config.test_dir, classes=config.classes, size=size)
     else:

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from builders.assembly import assemble, check_manifest, is_built, make_folder
+from builders.class_names import some
 from builders.config import BuildConfig
 from builders.discovery import discover_class
 from builders.encoding import encode_image
-from builders.given_images import stored_bytes
+from builders.given_images import GivenImages, stored_bytes
 from builders.image_sets import ImageSet
 from builders.job import (
     BATCH_ARRAY,
@@ -37,7 +38,7 @@ from builders.ranks import joined_ranks
 from builders.refinement import refine_batch
 from builders.relabel import relabel_epoch
 from builders.scan import usable_images
-from builders.teacher import preflight
+from builders.teacher import PREFLIGHT_IMAGES, mixed_up_classes, predict, preflight
 from builders.workdir import Stage
 from nrrdd_format import draws
 from nrrdd_format.errors import DataError
@@ -88,6 +89,7 @@ def check_teacher(job: Job) -> float | None:
     top1 = None if job.inputs.real is None else _test_teacher(job, job.inputs.real, "real images")
     if job.given is not None:
         _test_teacher(job, job.given.files, "the given images")
+        _say_mixed_up(job, job.given)
         if top1 is None:
             job.ranks.say("no real images to test the teacher on; name their folder with --data-dir or --test-dir")
     return top1
@@ -107,6 +109,17 @@ def _test_teacher(job: Job, images: ImageSet, which: str) -> float:
         )
         job.ranks.say(f"teacher {teacher.architecture}: top-1 {top1:.1%} on {which}")
     return top1
+
+
+def _say_mixed_up(job: Job, given: GivenImages) -> None:
+    """Names classes whose folders seem to stand in each other's place, which the top-1 over all does not show."""
+    seen = predict(job.teacher.model, given.files, job.mean, job.std, device=job.device, limit=PREFLIGHT_IMAGES)
+    names = job.source.class_names
+    mixed = [f"{names[k]} (shows {names[j]})" for k, j in mixed_up_classes(*seen).items()]
+    if mixed:
+        job.ranks.say(
+            f"to the teacher these classes of the given images seem mixed up, check their folders: {some(mixed)}"
+        )
 
 
 def scan(job: Job) -> list[list[int]]:

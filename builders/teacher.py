@@ -119,7 +119,6 @@ def load_weights_only(path: Path, remedy: str) -> dict[str, Any]:
     return content
 
 
-@torch.no_grad()
 def measure_top1(
     model: nn.Module,
     images: ImageSet,
@@ -129,7 +128,26 @@ def measure_top1(
     device: torch.device | str,
     limit: int | None = None,
 ) -> float:
-    """Share of the usable images whose label has the highest logit. Leaves the model in the mode it was in.
+    """Share of the usable images whose label has the highest logit; for the arguments see `predict`.
+
+    Raises:
+        TeacherError: there is no usable image.
+    """
+    labels, predicted = predict(model, images, mean, std, device=device, limit=limit)
+    return float((labels == predicted).mean())
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    images: ImageSet,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    device: torch.device | str,
+    limit: int | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Labels of the usable images, and the classes with the highest logit. Leaves the model in the mode it was in.
 
     Args:
         model: a classifier on `device`.
@@ -144,16 +162,16 @@ def measure_top1(
     order = draws.permutation(0, "top1-images", count=len(images))[:limit]
     was_training = model.training
     model.eval()
-    right = seen = 0
+    known, predicted = [], []
     for pixels, labels in read_batches(images, _split(np.sort(order), TEST_BATCH)):
         if len(labels):
             logits = model(normalize(pixels.to(device), mean, std))
-            right += int((logits.argmax(1).cpu() == labels).sum())
-            seen += len(labels)
+            predicted.append(logits.argmax(1).cpu().numpy())
+            known.append(labels.numpy())
     model.train(was_training)
-    if not seen:
+    if not known:
         raise TeacherError("no usable image to test the network on; give a folder of test images with --test-dir")
-    return right / seen
+    return np.concatenate(known), np.concatenate(predicted)
 
 
 def _split(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
@@ -192,6 +210,19 @@ def preflight(
             "check that order, or accept the teacher as it is with --min-teacher-top1"
         )
     return top1
+
+
+def mixed_up_classes(labels: NDArray[np.int64], predicted: NDArray[np.int64], least: int = 4) -> dict[int, int]:
+    """Classes whose images seem to lie in each other's folders, and which class each one shows.
+
+    Most images of such a class, of at least `least`, are predicted as one other class, whose own are mistaken too.
+    """
+    shown = {}
+    for label in np.unique(labels).tolist():
+        counts = np.bincount(predicted[labels == label])
+        if counts.sum() >= least and counts.argmax() != label and 2 * counts.max() > counts.sum():
+            shown[label] = int(counts.argmax())
+    return {label: other for label, other in shown.items() if other in shown}
 
 
 def load_teacher(

@@ -22,7 +22,7 @@ from builders.given_images import find_given, list_given, match_classes
 from builders.inputs import load_inputs
 from builders.models import create_model
 from builders.pipeline import build
-from builders.teacher import save_checkpoint
+from builders.teacher import mixed_up_classes, save_checkpoint
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.errors import ConfigError, DataError, TeacherError
 from nrrdd_format.replay import decode_image
@@ -229,6 +229,36 @@ def test_a_teacher_that_does_not_know_the_given_images_is_refused(made: Path, tm
         build(config(tmp_path / "out", from_images=made / "syn", **changes))
 
 
+def test_classes_in_each_others_place_are_named() -> None:
+    """Folders 1 and 2 are swapped; class 3 is merely hard, and of class 4 there are too few images to say."""
+    labels = np.repeat([0, 1, 2, 3, 4], [8, 8, 8, 8, 3])
+    predicted = np.array([0] * 8 + [2] * 7 + [1] + [1] * 5 + [2] * 3 + [0] * 8 + [3] * 3)
+    assert mixed_up_classes(labels, predicted) == {1: 2, 2: 1}
+    assert mixed_up_classes(labels, labels) == {}
+
+
+def test_swapped_folders_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """To a teacher that sees the brighter of two colours."""
+    for label, name in enumerate(("green", "red")):
+        (tmp_path / "syn" / name).mkdir(parents=True)
+        for number in range(4):
+            pixels = np.full((SIZE, SIZE, 3), number, np.uint8)
+            pixels[..., label] = 200
+            Image.fromarray(pixels).save(tmp_path / "syn" / name / f"{number}.png")
+    model = create_model("conv1-w8", 2, SIZE)
+    weights = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    weights["features.0.0.weight"][0, 0, 1, 1] = weights["features.0.0.weight"][1, 1, 1, 1] = 1.0
+    weights["features.0.1.weight"] += 1
+    weights["features.0.1.running_var"] += 1
+    weights["classifier.weight"] = torch.zeros(2, 8, 8, 8)
+    weights["classifier.weight"][1, 0], weights["classifier.weight"][0, 1] = 1.0, 1.0
+    weights["classifier.weight"] = weights["classifier.weight"].reshape(2, -1)
+    model.load_state_dict(weights)
+    save_checkpoint(tmp_path / "teacher.pt", model, "conv1-w8", ("green", "red"))
+    build(config(tmp_path / "out", from_images=tmp_path / "syn", teacher_checkpoint=tmp_path / "teacher.pt"))
+    assert "seem mixed up, check their folders: green (shows red), red (shows green)" in capsys.readouterr().err
+
+
 def test_a_test_split_alone_names_the_classes_and_tests_the_teacher(made: Path, tmp_path: Path) -> None:
     given = write_images(tmp_path / "syn", tuple(f"new{k:03d}" for k in range(3)))
     inputs = load_inputs(config(tmp_path / "out", from_images=given, test_dir=made / "real"))
@@ -333,6 +363,11 @@ def test_a_damaged_image_is_named(made: Path, tmp_path: Path) -> None:
 
 
 # Options
+
+
+def test_columns_without_a_table(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--label-column: found without --data-dir"):
+        load_inputs(config(tmp_path / "out", from_images=made / "syn", label_column="x"))
 
 
 def test_ipc_or_given_images_are_required(capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,11 +180,11 @@ def _soft_label_batch(epoch: int, number: int, count: int, views: np.ndarray, mi
 def _pictures(data: Data) -> Iterator[bytes]:
     for number in range(data.images):
         buffer = io.BytesIO()
-        Image.fromarray(_pixels(number, data.size)).save(buffer, "JPEG", quality=_QUALITY, subsampling=0)
+        Image.fromarray(picture(number, data.size)).save(buffer, "JPEG", quality=_QUALITY, subsampling=0)
         yield buffer.getvalue()
 
 
-def _pixels(number: int, size: int) -> np.ndarray:
+def picture(number: int, size: int) -> np.ndarray:
     """Noise of all scales, the finer the fainter: (S, S, 3) uint8."""
     total = np.full((size, size, 3), 128.0, np.float32)
     side = min(_COARSEST, size)

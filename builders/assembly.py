@@ -220,3 +220,5 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{path}: cannot make the folder ({error.strerror}); choose another --out") from error
+    if not os.access(path, os.W_OK):
+        raise OutputError(f"{path}: the folder is not writable; choose another --out")

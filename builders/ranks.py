@@ -7,17 +7,21 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from nrrdd_format.errors import RankError
+
 Unit = TypeVar("Unit")
 
-# One rank may be busy for days after the others are done; a dead rank is torchrun's to notice.
+JOINING_TIMEOUT = datetime.timedelta(minutes=10)
+"""By then every process of the run has started, or one never will."""
 MEETING_TIMEOUT = datetime.timedelta(days=30)
+"""One rank may be busy for days after the others are done; that one has died shows at once."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Ranks:
     rank: int
     world_size: int
     local_rank: int
+    group: dist.ProcessGroup | None = None
+    """What they meet in; None for one process alone."""
 
     @property
     def is_first(self) -> bool:
@@ -38,9 +44,20 @@ class Ranks:
         return units[self.rank :: self.world_size]
 
     def meet(self) -> None:
-        """Waits until every rank has come here."""
-        if self.world_size > 1:
-            dist.barrier()
+        """Waits until every rank has come here.
+
+        Raises:
+            RankError: another process of the run has ended.
+        """
+        if self.group is None:
+            return
+        try:
+            dist.barrier(self.group)
+        except RuntimeError as error:  # gloo's words name sockets and source lines
+            raise RankError(
+                f"rank {self.rank} of {self.world_size}: another process of this build has ended, so it stops here; "
+                f"finished work is kept, and the same command goes on from there"
+            ) from error
 
     def say(self, message: str) -> None:
         """Prints a line for the user, once for all ranks; it goes to standard error, beside the progress bars."""
@@ -61,6 +78,9 @@ def joined_ranks() -> Iterator[Ranks]:
     """Joins the group that `torchrun` announces in the environment; alone, no group is made.
 
     Only the meetings go through the group (results travel through the work folder), so gloo serves GPUs too.
+
+    Raises:
+        RankError: the processes do not find each other.
     """
     ranks = Ranks(
         rank=int(os.environ.get("RANK", "0")),
@@ -70,8 +90,23 @@ def joined_ranks() -> Iterator[Ranks]:
     if ranks.world_size == 1:
         yield ranks
         return
-    dist.init_process_group("gloo", timeout=MEETING_TIMEOUT)
+    group = _join(ranks)
     try:
-        yield ranks
+        yield replace(ranks, group=group)
     finally:
         dist.destroy_process_group()
+
+
+def _join(ranks: Ranks) -> dist.ProcessGroup:
+    """Finds the other ranks. The group in which they meet is one of its own, since it waits far longer."""
+    try:
+        dist.init_process_group("gloo", timeout=JOINING_TIMEOUT)
+        group = dist.new_group(timeout=MEETING_TIMEOUT)
+    except (RuntimeError, ValueError) as error:  # a ValueError: torchrun's variables are not all there
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RankError(
+            f"rank {ranks.rank} of {ranks.world_size}: the processes of this build did not find each other ({reason}); "
+            f"start all of them with torchrun, or with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE"
+        ) from error
+    assert isinstance(group, dist.ProcessGroup)  # every rank belongs to it
+    return group

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -26,6 +30,22 @@ def stage_key(name: str, settings: Mapping[str, Any], upstream: str) -> str:
     """Digest of a stage's name, its settings (JSON values) and the key of what it builds on."""
     text = json.dumps([name, settings, upstream], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Lets Ctrl-C wait until the block is done: a unit may have taken hours, writing it takes a moment."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    waiting: list[tuple[int, FrameType | None]] = []
+    usual = signal.signal(signal.SIGINT, lambda number, frame: waiting.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if waiting and callable(usual):
+        usual(*waiting[0])
 
 
 class Stage:
@@ -59,12 +79,15 @@ class Stage:
 
     def save_array(self, unit: str, array: NDArray[Any]) -> None:
         """Stores an array as `.npy` under the unit's name."""
-        with atomic_write(self.path / unit) as file:
-            np.save(file, array, allow_pickle=False)
+        array = np.ascontiguousarray(array)
+        with uninterrupted(), atomic_write(self.path / unit) as file:
+            # np.save would write through C's stdio and lose the reason why it cannot, such as a full disk.
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+            file.write(array.data)
 
     def save_bytes(self, unit: str, data: bytes) -> None:
         """Stores bytes under the unit's name."""
-        with atomic_write(self.path / unit) as file:
+        with uninterrupted(), atomic_write(self.path / unit) as file:
             file.write(data)
 
     def load_array(self, unit: str) -> NDArray[Any]:

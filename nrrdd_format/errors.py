@@ -91,3 +91,7 @@ class TeacherError(NrrddError):
 
 class OutputError(NrrddError):
     """Output that cannot be written: disk full, or something in the way."""
+
+
+class RankError(NrrddError):
+    """Processes that share one piece of work have lost each other."""

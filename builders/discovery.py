@@ -1,31 +1,40 @@
-"""Critical-based initial data discovery: from the training images of one class to its initial synthetic images.
+"""Critical-based initial data discovery: from the training images of each class to its initial synthetic images.
 
-Each image's class activation map says which of its random crops show what matters; the best crops fill the class's
+Each image's class activation map says which of its random crops show what matters; the best crops are the class's
 patch pool; of the pool, the patches the teacher is least sure of are kept, and β of them tile one synthetic image
 (paper, Section 3.2 and Eq. 1).
 
-Shapes: N images, K crops an image, S the side in pixels; images are uint8 RGB (N, 3, S, S).
+Images are read ahead by threads and come to the teacher in batches that mix the classes of a group. Only the patches
+that may still be kept stay in memory, each as small as the tile that it will be.
+
+Shapes: N images, K crops an image, P patches, S the side in pixels; images are uint8 RGB (N, 3, S, S).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional as F
 
 from builders.cam import ClassActivation
 from builders.config import DiscoverySettings
 from builders.conventions import Colour
 from builders.image_sets import ImageSet
+from builders.prefetch import read_ahead
 from nrrdd_format import draws
 from nrrdd_format.replay import apply_views, normalize
 
 BATCH = 100
+"""Images, and patches, that the teacher sees at once."""
+GROUP_IMAGES = 500
+"""Training images of a group of classes, at most, unless one class has more: what a stopped build may do again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,55 +46,144 @@ class Eyes:
     std: Colour
     device: torch.device
 
-    def see(self, images: NDArray[np.uint8]) -> torch.Tensor:
+    def see(self, images: NDArray[np.uint8] | Tensor) -> Tensor:
         """Normalises uint8 images (N, 3, S, S) to the teacher's input, float32 on its device."""
-        return normalize(torch.from_numpy(images).to(self.device).float(), self.mean, self.std)
+        pixels = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
+        return normalize(pixels.to(self.device).float(), self.mean, self.std)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiscoveredClass:
-    """The initial synthetic images of one class: `images` (ipc, 3, S, S) uint8; `flat_maps` counts flat CAMs."""
+    """The initial synthetic images of one class: `images` (ipc, 3, S, S) uint8."""
 
+    label: int
     images: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscoveredGroup:
+    """The classes of one group; `flat_maps` counts images whose CAM is flat."""
+
+    classes: list[DiscoveredClass]
     flat_maps: int
 
 
-def discover_class(
-    train: ImageSet, label: int, usable: Sequence[int], eyes: Eyes, settings: DiscoverySettings, seed: int
-) -> DiscoveredClass:
-    """Makes the initial synthetic images of one class.
+def class_groups(num_classes: int, settings: DiscoverySettings) -> list[range]:
+    """The classes whose images share batches; the settings alone decide, so that every run forms the same batches."""
+    size = max(1, GROUP_IMAGES // settings.images_needed)
+    return [range(first, min(first + size, num_classes)) for first in range(0, num_classes, size)]
+
+
+def discover_groups(
+    train: ImageSet,
+    groups: Sequence[Sequence[int]],
+    usable: Sequence[Sequence[int]],
+    eyes: Eyes,
+    settings: DiscoverySettings,
+    seed: int,
+    threads: int = 1,
+) -> Iterator[DiscoveredGroup]:
+    """Makes the initial synthetic images of groups of classes, one group after the other.
 
     Args:
         train: the training images.
-        label: the class.
-        usable: indices into `train` of the images to look at, in the order they are taken.
+        groups: the classes of each group.
+        usable: for each class, indices into `train` of the images to look at, in the order they are taken.
         eyes: the teacher.
         settings: the stage's settings.
         seed: the build's seed.
+        threads: how many images are decoded at once.
     """
-    if settings.init == "real":
-        images = np.stack([train.read(index) for index in usable[: settings.ipc]])
-        return DiscoveredClass(images=images, flat_maps=0)
-    pool, flat_maps = _fill_pool(train, label, usable, eyes, settings, seed)
-    kept = pool[_keep(_confidence(pool, eyes), label, settings, seed)]
-    return DiscoveredClass(images=tile(kept, settings.beta), flat_maps=flat_maps)
+    taken = {label: usable[label][: settings.images_needed] for group in groups for label in group}
+    order = [index for group in groups for label in group for index in taken[label]]
+    with closing(read_ahead(train.read, order, threads)) as pixels:
+        for group in groups:
+            images = {label: taken[label] for label in group}
+            yield _whole(images, pixels) if settings.init == "real" else _mosaics(images, pixels, eyes, settings, seed)
 
 
-def _fill_pool(
-    train: ImageSet, label: int, usable: Sequence[int], eyes: Eyes, settings: DiscoverySettings, seed: int
-) -> tuple[NDArray[np.uint8], int]:
-    """The class's patch pool (P, 3, S, S): the top-t crops of every image, t as small as fills the pool."""
-    top = min(settings.crops, math.ceil(settings.images_needed / len(usable)))
-    patches, flat_maps = [], 0
-    for start in range(0, len(usable), BATCH):
-        indices = usable[start : start + BATCH]
-        images = np.stack([train.read(index) for index in indices])
-        boxes = np.stack([random_crops(seed, index, images.shape[-1], settings) for index in indices])
-        cam, _, flat = eyes.activation(eyes.see(images), torch.full((len(indices),), label, device=eyes.device))
-        best = top_crops(cam.cpu().numpy(), boxes, top, settings)
-        patches.append(_cut(images, best))
+def _whole(images: Mapping[int, Sequence[int]], pixels: Iterator[NDArray[np.uint8]]) -> DiscoveredGroup:
+    """Training images as they are."""
+    classes = [
+        DiscoveredClass(label=label, images=np.stack([next(pixels) for _ in indices]))
+        for label, indices in images.items()
+    ]
+    return DiscoveredGroup(classes=classes, flat_maps=0)
+
+
+def _mosaics(
+    images: Mapping[int, Sequence[int]],
+    pixels: Iterator[NDArray[np.uint8]],
+    eyes: Eyes,
+    settings: DiscoverySettings,
+    seed: int,
+) -> DiscoveredGroup:
+    """Mosaics of the kept patches of every class; `pixels` gives the images' pixels in order."""
+    pools = {label: Pool(label, len(indices), settings, seed) for label, indices in images.items()}
+    waiting = [(label, index) for label, indices in images.items() for index in indices]
+    flat_maps = 0
+    for start in range(0, len(waiting), BATCH):
+        labels, indices = zip(*waiting[start : start + BATCH], strict=True)
+        batch = torch.from_numpy(np.stack([next(pixels) for _ in labels])).to(eyes.device)
+        cam, _, flat = eyes.activation(eyes.see(batch), torch.tensor(labels, device=eyes.device))
         flat_maps += flat
-    return np.concatenate(patches)[: settings.images_needed], flat_maps
+        boxes = torch.from_numpy(np.stack([random_crops(seed, index, batch.shape[-1], settings) for index in indices]))
+        tops = torch.tensor([pools[label].top for label in labels], device=eyes.device)
+        image, best = top_crops(cam, boxes.to(eyes.device), tops, settings)
+        _offer(pools, [labels[number] for number in image.tolist()], _cut(batch, image, best), eyes)
+    classes = [DiscoveredClass(label=label, images=tile(pool.kept(), settings.beta)) for label, pool in pools.items()]
+    return DiscoveredGroup(classes=classes, flat_maps=flat_maps)
+
+
+def _offer(pools: Mapping[int, Pool], labels: Sequence[int], patches: Tensor, eyes: Eyes) -> None:
+    """Offers patches (P, 3, S, S), those of one class in a row, to the pools of their classes."""
+    confidence = _confidence(patches, eyes)
+    start = 0
+    while start < len(labels):
+        stop = start + labels[start:].count(labels[start])
+        pools[labels[start]].offer(patches[start:stop], confidence[start:stop])
+        start = stop
+
+
+class Pool:
+    """The patch pool of one class, of which only the patches that may still be kept are held.
+
+    Attributes:
+        top: t, how many crops of each image are patches: as few as fill the pool.
+    """
+
+    def __init__(self, label: int, images: int, settings: DiscoverySettings, seed: int) -> None:
+        self.top = min(settings.crops, math.ceil(settings.images_needed / images))
+        self._settings = settings
+        self._size = min(settings.images_needed, images * self.top)
+        self._offered = 0
+        self._kept: list[tuple[float, int, Tensor]] = []  # rank, number in the pool, pixels; the best first
+        self._places: NDArray[np.int64] | None = None
+        if settings.confidence == "random":
+            self._places = np.argsort(draws.permutation(seed, "discovery-keep", label, count=self._size))
+
+    def offer(self, patches: Tensor, confidence: NDArray[np.float32]) -> None:
+        """Takes the next patches (P, 3, S, S) of the pool; `confidence` (P,) is the teacher's in each."""
+        numbers = range(self._offered, min(self._offered + len(patches), self._size))
+        self._offered += len(numbers)
+        ranked = [(self._rank(number, value), number) for number, value in zip(numbers, confidence, strict=False)]
+        full = len(self._kept) == self._settings.patches
+        better = [at for at, rank in enumerate(ranked) if not full or rank < self._kept[-1][:2]]
+        if better:
+            small = shrink(patches[better].cpu(), self._settings.beta)
+            # Copies: a view would keep all the patches that came with it.
+            self._kept += [(*ranked[at], patch.clone()) for at, patch in zip(better, small, strict=True)]
+            self._kept = sorted(self._kept, key=lambda entry: entry[:2])[: self._settings.patches]
+
+    def _rank(self, number: int, confidence: np.float32) -> float:
+        """The lower, the sooner a patch is kept."""
+        if self._places is not None:
+            return float(self._places[number])
+        return float(confidence if self._settings.confidence == "lowest" else -confidence)
+
+    def kept(self) -> NDArray[np.uint8]:
+        """The β·IPC patches that are kept, (P, 3, S/√β, S/√β)."""
+        return torch.stack([patch for _, _, patch in self._kept]).numpy()
 
 
 def random_crops(seed: int, index: int, size: int, settings: DiscoverySettings) -> NDArray[np.int64]:
@@ -97,59 +195,60 @@ def random_crops(seed: int, index: int, size: int, settings: DiscoverySettings) 
     return np.stack([top, left, side, side], axis=1).astype(np.int64)
 
 
-def top_crops(
-    cam: NDArray[np.float32], boxes: NDArray[np.int64], top: int, settings: DiscoverySettings
-) -> NDArray[np.int64]:
-    """The `top` boxes of each image with the highest activation inside: (N, top, 4) from (N, K, 4)."""
-    total = np.pad(cam.astype(np.float64).cumsum(1).cumsum(2), ((0, 0), (1, 0), (1, 0)))
-    up, left = boxes[..., 0], boxes[..., 1]
-    down, right = up + boxes[..., 2], left + boxes[..., 3]
-    image = np.arange(len(cam))[:, None]
+def top_crops(cam: Tensor, boxes: Tensor, tops: Tensor, settings: DiscoverySettings) -> tuple[Tensor, Tensor]:
+    """The boxes of each image with the highest activation inside, best first.
+
+    Args:
+        cam: (N, S, S) float32.
+        boxes: (N, K, 4) int64, on the same device.
+        tops: (N,) int64, how many boxes of each image are wanted.
+        settings: how the activation in a box is judged.
+
+    Returns:
+        For each of the P boxes wanted its image (P,) int64, ascending, and the box (P, 4).
+    """
+    total = F.pad(cam.double().cumsum(1).cumsum(2), (1, 0, 1, 0))
+    up, left, height, width = boxes.unbind(-1)
+    down, right = up + height, left + width
+    image = torch.arange(len(cam), device=cam.device)[:, None]
     score = total[image, down, right] - total[image, up, right] - total[image, down, left] + total[image, up, left]
     if settings.crop_score == "mean":
-        score = score / (boxes[..., 2] * boxes[..., 3])
-    order = np.argsort(-score, axis=1, kind="stable")[:, :top]
-    return np.take_along_axis(boxes, order[..., None], axis=1)
+        score = score / (height * width)
+    order = score.argsort(dim=1, descending=True, stable=True)
+    wanted = torch.arange(order.shape[1], device=cam.device) < tops[:, None]
+    return image.expand_as(order)[wanted], boxes[image, order][wanted]
 
 
-def _cut(images: NDArray[np.uint8], boxes: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Crops and resizes to full size: (N·t, 3, S, S) from images (N, 3, S, S) and boxes (N, t, 4)."""
-    top = boxes.shape[1]
-    views = apply_views(
-        torch.from_numpy(np.repeat(images, top, axis=0)),
-        torch.from_numpy(boxes.reshape(-1, 4)),
-        torch.zeros(len(images) * top, dtype=torch.bool),
-    )
-    return views.numpy()
+def _cut(images: Tensor, image: Tensor, boxes: Tensor) -> Tensor:
+    """Crops and resizes to full size: (P, 3, S, S) from images (N, 3, S, S), positions (P,) and boxes (P, 4)."""
+    return apply_views(images[image], boxes, torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device))
 
 
 @torch.no_grad()
-def _confidence(pool: NDArray[np.uint8], eyes: Eyes) -> NDArray[np.float32]:
+def _confidence(patches: Tensor, eyes: Eyes) -> NDArray[np.float32]:
     """The teacher's highest softmax probability for each patch: (P,) float32."""
     model = eyes.activation.model
     parts = [
-        model(eyes.see(pool[start : start + BATCH])).float().softmax(1).amax(1).cpu()
-        for start in range(0, len(pool), BATCH)
+        model(eyes.see(patches[start : start + BATCH])).float().softmax(1).amax(1)
+        for start in range(0, len(patches), BATCH)
     ]
-    return torch.cat(parts).numpy()
+    confidence: NDArray[np.float32] = torch.cat(parts).cpu().numpy()
+    return confidence
 
 
-def _keep(confidence: NDArray[np.float32], label: int, settings: DiscoverySettings, seed: int) -> NDArray[np.int64]:
-    """Indices of the β·IPC patches that are kept."""
-    if settings.confidence == "random":
-        order = draws.permutation(seed, "discovery-keep", label, count=len(confidence))
-    else:
-        sign = 1 if settings.confidence == "lowest" else -1
-        order = np.argsort(sign * confidence, kind="stable").astype(np.int64)
-    return order[: settings.patches]
-
-
-def tile(patches: NDArray[np.uint8], beta: int) -> NDArray[np.uint8]:
-    """Tiles β patches, each resized to 1/√β of the side, into one image: (P/β, 3, S, S) from (P, 3, S, S)."""
+def shrink(patches: Tensor, beta: int) -> Tensor:
+    """Resizes uint8 patches (P, 3, S, S) to the 1/√β of the side that they will have in a mosaic."""
     side = math.isqrt(beta)
     if side == 1:
         return patches
+    return F.interpolate(patches, patches.shape[-1] // side, mode="bilinear", antialias=True)
+
+
+def tile(patches: NDArray[np.uint8], beta: int) -> NDArray[np.uint8]:
+    """Tiles β shrunk patches (P, 3, S/√β, S/√β) each into images (P/β, 3, S, S)."""
+    side = math.isqrt(beta)
     count, channels, size, _ = patches.shape
-    small = F.interpolate(torch.from_numpy(patches), size // side, mode="bilinear", antialias=True).numpy()
-    grid = small.reshape(count // beta, side, side, channels, size // side, size // side)
-    return np.ascontiguousarray(grid.transpose(0, 3, 1, 4, 2, 5).reshape(count // beta, channels, size, size))
+    grid = patches.reshape(count // beta, side, side, channels, size, size)
+    return np.ascontiguousarray(
+        grid.transpose(0, 3, 1, 4, 2, 5).reshape(count // beta, channels, side * size, side * size)
+    )

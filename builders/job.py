@@ -7,6 +7,7 @@ consecutive images is therefore class-balanced: refinement batches and shards ar
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import msgpack
@@ -105,19 +106,19 @@ class Job:
         """C."""
         return len(self.source.class_names)
 
-    @property
+    @cached_property
     def labels(self) -> NDArray[np.int64]:
         """Class of every distilled image, (N,)."""
         return np.arange(self.num_classes * self.ipc) % self.num_classes
 
-    @property
+    @cached_property
     def batches(self) -> list[NDArray[np.int64]]:
         """Images of every refinement batch; all of nearly one size, at least two images each."""
         count = len(self.labels)
         size = self.settings.refinement.batch_size
         return np.array_split(np.arange(count), min(-(-count // size), count // 2))
 
-    @property
+    @cached_property
     def shards(self) -> list[NDArray[np.int64]]:
         """Images of every shard; all of nearly one size, at least two images each."""
         count = len(self.labels)

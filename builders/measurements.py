@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from builders.discovery import discover_class
+from builders.discovery import discover_groups
 from builders.encoding import encode_image
 from builders.given_images import stored_bytes
 from builders.image_sets import ImageSet
 from builders.job import BATCH_ARRAY, Job
+from builders.prefetch import reading_threads
 from builders.reading import read_usable
 from builders.refinement import refine_batch
 from builders.relabel import BATCH, relabel_epoch
@@ -73,7 +74,8 @@ def discovery_seconds(job: Job) -> float:
     if len(usable) < small.images_required:
         name = job.source.class_names[0]
         raise DataError(f"class {name}: {len(usable)} of the first {len(members)} training images are usable")
-    seconds = _warm(lambda: discover_class(train, 0, usable, job.eyes, small, job.config.seed))
+    threads = reading_threads(job.config.threads)
+    seconds = _warm(lambda: list(discover_groups(train, [[0]], [usable], job.eyes, small, job.config.seed, threads)))
     return seconds / len(usable)
 
 

@@ -14,11 +14,12 @@ from typing import TypeVar
 import msgpack
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from builders.assembly import assemble, check_manifest, is_built, make_folder
 from builders.class_names import some
 from builders.config import BuildConfig
-from builders.discovery import discover_class
+from builders.discovery import class_groups, discover_groups
 from builders.encoding import encode_image
 from builders.given_images import GivenImages, stored_bytes
 from builders.image_sets import ImageSet
@@ -33,6 +34,7 @@ from builders.job import (
     prepare,
 )
 from builders.log import write_build_log
+from builders.prefetch import reading_threads
 from builders.progress import Progress
 from builders.ranks import joined_ranks
 from builders.refinement import refine_batch
@@ -128,11 +130,11 @@ def scan(job: Job) -> list[list[int]]:
     Raises:
         DataError: a class has too few; all such classes are named, with their counts.
     """
-    wanted = job.settings.discovery
-    counts = np.bincount(job.source.train.labels, minlength=job.num_classes)
+    needed, threads = job.settings.discovery.images_needed, reading_threads(job.config.threads)
+    members = _members(job)
     for label in _units(job, job.scan, CLASS_JSON, range(job.num_classes), "scan", "class"):
-        order = draws.permutation(job.config.seed, "discovery-order", label, count=int(counts[label]))
-        found = usable_images(job.source.train, label, needed=wanted.images_needed, order=order)
+        order = draws.permutation(job.config.seed, "discovery-order", label, count=len(members[label]))
+        found = usable_images(job.source.train, members[label][order], needed=needed, threads=threads)
         job.scan.save_json(CLASS_JSON.format(label), {"indices": found.indices, "bad": found.bad})
     job.ranks.meet()
     classes = [job.scan.load_json(CLASS_JSON.format(label)) for label in range(job.num_classes)]
@@ -140,6 +142,13 @@ def scan(job: Job) -> list[list[int]]:
         write_build_log(job, [entry for found in classes for entry in found["bad"]])
     refuse_small_classes(job, [len(found["indices"]) for found in classes])
     return [found["indices"] for found in classes]
+
+
+def _members(job: Job) -> list[NDArray[np.int64]]:
+    """Training images of every class."""
+    labels = job.source.train.labels
+    counts = np.bincount(labels, minlength=job.num_classes)
+    return np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
 
 
 def refuse_small_classes(job: Job, counts: Sequence[int]) -> None:
@@ -155,17 +164,25 @@ def refuse_small_classes(job: Job, counts: Sequence[int]) -> None:
 
 
 def discover(job: Job, usable: list[list[int]]) -> None:
-    """Stage 1 for every class."""
-    flat_maps = 0
-    for label in _units(job, job.discovery, CLASS_ARRAY, range(job.num_classes), "discover", "class"):
-        found = discover_class(
-            job.source.train, label, usable[label], job.eyes, job.settings.discovery, job.config.seed
-        )
-        job.discovery.save_array(CLASS_ARRAY.format(label), found.images)
-        flat_maps += found.flat_maps
+    """Stage 1 for every class; a unit is a group of classes, whose images share batches."""
+    settings, flat_maps = job.settings.discovery, 0
+    groups = [
+        group for group in job.ranks.share(class_groups(job.num_classes, settings)) if not _is_discovered(job, group)
+    ]
+    threads = reading_threads(job.config.threads)
+    with Progress(sum(map(len, groups)), "discover", "class") as progress:
+        for found in discover_groups(job.source.train, groups, usable, job.eyes, settings, job.config.seed, threads):
+            for one in found.classes:
+                job.discovery.save_array(CLASS_ARRAY.format(one.label), one.images)
+            flat_maps += found.flat_maps
+            progress.advance(len(found.classes))
     if flat_maps:
         job.ranks.say(f"{flat_maps} images have a flat activation map: the teacher sees nothing of their class there")
     job.ranks.meet()
+
+
+def _is_discovered(job: Job, group: Sequence[int]) -> bool:
+    return all(job.discovery.has(CLASS_ARRAY.format(label)) for label in group)
 
 
 def refine(job: Job) -> None:

@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 from builders import measurements
 from builders.assembly import ENTRY, check_manifest, is_built
 from builders.config import BuildConfig
+from builders.discovery import class_groups
 from builders.job import BATCH_ARRAY, CLASS_ARRAY, CLASS_JSON, DISTANCES, SHARD_BYTES, Job, prepare
 from builders.pipeline import check_teacher, refuse_small_classes
+from builders.prefetch import reading_threads
 from builders.ranks import joined_ranks
 from builders.workdir import Stage
 from nrrdd_format import tar
@@ -115,10 +117,16 @@ def _making(job: Job, images: NDArray[np.uint8], read_seconds: float) -> list[St
     """The stages that make images."""
     settings, classes, batches = job.settings.discovery, range(job.num_classes), job.batches
     pixels, steps = 3 * job.source.size**2, job.settings.refinement.iterations
+    threads = reading_threads(job.config.threads)
     looked_at = min(settings.images_needed, len(job.source.train) // len(classes))
     return [
         _stage(
-            job.scan, "scan", "class", map(CLASS_JSON.format, classes), lambda: looked_at * read_seconds, 8 * looked_at
+            job.scan,
+            "scan",
+            "class",
+            map(CLASS_JSON.format, classes),
+            lambda: looked_at * read_seconds / threads,
+            8 * looked_at,
         ),
         _stage(
             job.discovery,
@@ -182,8 +190,9 @@ def memory_bytes(job: Job) -> float:
     """Peak of the measurements in this process, and the largest array that they leave out."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     pixels = 3 * job.source.size**2
-    pool = job.settings.discovery.images_needed if job.given is None else 0
-    return float(peak + 2 * pixels * max(pool, len(job.shards[0])))
+    settings = job.settings.discovery
+    group = settings.ipc * len(class_groups(job.num_classes, settings)[0]) if job.given is None else 0
+    return float(peak + 2 * pixels * max(group, len(job.shards[0])))
 
 
 def _folder_problems(config: BuildConfig) -> list[str]:

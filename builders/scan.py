@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from builders.image_sets import ImageSet
 from builders.images import UnusableImage
+from builders.prefetch import read_ahead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,28 +25,36 @@ class Usable:
     bad: list[tuple[str, str]]
 
 
-def usable_images(image_set: ImageSet, class_label: int, *, needed: int, order: NDArray[np.int64]) -> Usable:
-    """Takes the images of a class in `order` until `needed` of them have decoded.
+def usable_images(image_set: ImageSet, candidates: NDArray[np.int64], *, needed: int, threads: int = 1) -> Usable:
+    """Takes images of a class in the order of `candidates` until `needed` of them have decoded.
 
     Args:
         image_set: the images.
-        class_label: the class.
-        needed: how many usable images are wanted; fewer come back where the class has no more.
-        order: positions within the class, int64, each at most once; images it leaves out are never taken.
+        candidates: indices of images of one class, int64, each at most once.
+        needed: how many usable images are wanted; fewer come back where there are no more.
+        threads: how many images are decoded at once.
 
     Raises:
         DataError: a file cannot be read at all; that says nothing about its image, so no other replaces it.
     """
-    members = np.flatnonzero(image_set.labels == class_label)
     indices: list[int] = []
     bad: list[tuple[str, str]] = []
-    for index in members[order].tolist():
-        if len(indices) == needed:
-            break
+
+    def fault(index: int) -> UnusableImage | None:
         try:
             image_set.read(index)
         except UnusableImage as error:
-            bad.append((image_set.name(index), error.reason))
-        else:
-            indices.append(index)
+            return error
+        return None
+
+    # Chunks of what is still needed: nothing is read that is not wanted, and a sound class is one chunk.
+    rest = candidates.tolist()
+    while rest and len(indices) < needed:
+        chunk, rest = rest[: needed - len(indices)], rest[needed - len(indices) :]
+        with closing(read_ahead(fault, chunk, threads)) as faults:
+            for index, error in zip(chunk, faults, strict=True):
+                if error is None:
+                    indices.append(index)
+                else:
+                    bad.append((image_set.name(index), error.reason))
     return Usable(indices=indices, bad=bad)

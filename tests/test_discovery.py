@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
+from builders import discovery
 from builders.cam import ClassActivation
 from builders.config import Confidence, CropScore, DiscoverySettings
-from builders.discovery import Eyes, discover_class, random_crops, tile, top_crops
-from builders.image_sets import ArrayImages
+from builders.discovery import Eyes, Pool, class_groups, discover_groups, random_crops, shrink, tile, top_crops
+from builders.folders import list_classes
+from builders.image_sets import ArrayImages, ImageSet
 from builders.models import create_model
+from builders.prefetch import AHEAD, read_ahead
+from nrrdd_format import draws
+from nrrdd_format.errors import DataError
+from nrrdd_format.replay import apply_views
 
 SETTINGS = DiscoverySettings(ipc=2, beta=1, init="cidd", confidence="lowest", crop_score="mean")
+
+
+def _discover(
+    train: ImageSet, usable: list[list[int]], eyes: Eyes, settings: DiscoverySettings, seed: int = 0
+) -> list[NDArray[np.uint8]]:
+    groups = class_groups(len(usable), settings)
+    found = [one for group in discover_groups(train, groups, usable, eyes, settings, seed, 2) for one in group.classes]
+    assert [one.label for one in found] == list(range(len(usable)))
+    return [one.images for one in found]
 
 
 def _images(count: int, size: int = 16) -> ArrayImages:
@@ -53,23 +71,25 @@ def test_random_crops_depend_on_the_image_and_the_seed_alone() -> None:
 
 @pytest.mark.parametrize(("score", "best"), [("mean", 0), ("sum", 1)])
 def test_the_crop_score_decides_between_a_small_hot_crop_and_a_large_warm_one(score: CropScore, best: int) -> None:
-    cam = np.full((1, 8, 8), 0.5, np.float32)
+    cam = torch.full((1, 8, 8), 0.5)
     cam[0, :2, :2] = 1.0
-    boxes = np.array([[[0, 0, 2, 2], [0, 0, 8, 8], [4, 4, 3, 3]]])
-    kept = top_crops(cam, boxes, 1, replace(SETTINGS, crop_score=score))
-    np.testing.assert_array_equal(kept[0, 0], boxes[0, best])
+    boxes = torch.tensor([[[0, 0, 2, 2], [0, 0, 8, 8], [4, 4, 3, 3]]])
+    image, kept = top_crops(cam, boxes, torch.tensor([1]), replace(SETTINGS, crop_score=score))
+    assert image.tolist() == [0] and torch.equal(kept, boxes[:, best])
 
 
-def test_top_crops_come_best_first() -> None:
-    cam = np.zeros((1, 8, 8), np.float32)
-    cam[0, 4:, 4:] = 1.0
-    boxes = np.array([[[0, 0, 4, 4], [4, 4, 4, 4], [2, 2, 4, 4]]])
-    np.testing.assert_array_equal(top_crops(cam, boxes, 3, SETTINGS)[0], boxes[0, [1, 2, 0]])
+def test_top_crops_come_best_first_and_as_many_as_each_image_wants() -> None:
+    cam = torch.zeros(2, 8, 8)
+    cam[:, 4:, 4:] = 1.0
+    boxes = torch.tensor([[[0, 0, 4, 4], [4, 4, 4, 4], [2, 2, 4, 4]], [[2, 2, 4, 4], [0, 0, 4, 4], [4, 4, 4, 4]]])
+    image, kept = top_crops(cam, boxes, torch.tensor([3, 1]), SETTINGS)
+    assert image.tolist() == [0, 0, 0, 1]
+    assert torch.equal(kept, torch.stack([*boxes[0, [1, 2, 0]], boxes[1, 2]]))
 
 
 def test_tiles_lie_in_reading_order_and_hold_whole_patches() -> None:
     patches = np.stack([np.full((3, 8, 8), value, np.uint8) for value in (10, 20, 30, 40, 50, 60, 70, 80)])
-    images = tile(patches, 4)
+    images = tile(shrink(torch.from_numpy(patches), 4).numpy(), 4)
     assert images.shape == (2, 3, 8, 8)
     corners = images[:, 0][:, [0, 0, 7, 7], [0, 7, 0, 7]]
     np.testing.assert_array_equal(corners, [[10, 20, 30, 40], [50, 60, 70, 80]])
@@ -77,7 +97,7 @@ def test_tiles_lie_in_reading_order_and_hold_whole_patches() -> None:
 
 def test_one_patch_an_image_is_left_untouched() -> None:
     patches = np.random.default_rng(0).integers(0, 256, (3, 3, 8, 8), np.uint8)
-    np.testing.assert_array_equal(tile(patches, 1), patches)
+    np.testing.assert_array_equal(tile(shrink(torch.from_numpy(patches), 1).numpy(), 1), patches)
 
 
 def test_confidence_orders_the_kept_patches(eyes: Eyes) -> None:
@@ -85,7 +105,7 @@ def test_confidence_orders_the_kept_patches(eyes: Eyes) -> None:
 
     def confidence(kind: Confidence) -> NDArray[np.float32]:
         settings = replace(SETTINGS, confidence=kind)
-        images = discover_class(train, 0, usable, eyes, settings, seed=0).images
+        (images,) = _discover(train, [usable], eyes, settings)
         with torch.no_grad():
             logits: torch.Tensor = eyes.activation.model(eyes.see(images))
             return logits.softmax(1).amax(1).numpy()
@@ -97,7 +117,7 @@ def test_confidence_orders_the_kept_patches(eyes: Eyes) -> None:
 
 def test_random_confidence_keeps_other_patches_for_another_seed(eyes: Eyes) -> None:
     settings = replace(SETTINGS, confidence="random")
-    kept = [discover_class(_images(12), 0, list(range(12)), eyes, settings, seed=seed).images for seed in (0, 0, 1)]
+    kept = [_discover(_images(12), [list(range(12))], eyes, settings, seed)[0] for seed in (0, 0, 1)]
     np.testing.assert_array_equal(kept[0], kept[1])
     assert (kept[0] != kept[2]).any()
 
@@ -106,12 +126,115 @@ def test_fewer_images_than_the_pool_wants_give_several_crops_each(eyes: Eyes) ->
     """Two images of one class serve IPC 4: t rises until the pool holds enough."""
     settings = replace(SETTINGS, ipc=4)
     assert settings.images_required == 1
-    images = discover_class(_images(2), 0, [0, 1], eyes, settings, seed=0).images
+    (images,) = _discover(_images(2), [[0, 1]], eyes, settings)
     assert images.shape == (4, 3, 16, 16)
     assert len(np.unique(images.reshape(4, -1), axis=0)) == 4
 
 
 def test_real_initialisation_takes_whole_images(eyes: Eyes) -> None:
     train = _images(5)
-    images = discover_class(train, 0, [3, 1, 4], eyes, replace(SETTINGS, init="real"), seed=0).images
+    (images,) = _discover(train, [[3, 1, 4]], eyes, replace(SETTINGS, init="real"))
     np.testing.assert_array_equal(images, np.stack([train.read(3), train.read(1)]))
+
+
+# ---- batches that mix classes, and pools that hold no more than what may be kept
+
+
+def _by_itself(
+    train: ImageSet, label: int, usable: list[int], eyes: Eyes, settings: DiscoverySettings
+) -> NDArray[np.uint8]:
+    """Discovery of one class as the paper tells it: the whole pool first, then what is kept of it."""
+    usable = usable[: settings.images_needed]
+    top = min(settings.crops, math.ceil(settings.images_needed / len(usable)))
+    pool = []
+    for index in usable:
+        pixels = torch.from_numpy(train.read(index))[None]
+        boxes = torch.from_numpy(random_crops(0, index, pixels.shape[-1], settings))[None]
+        cam = eyes.activation(eyes.see(pixels), torch.tensor([label]))[0]
+        _, best = top_crops(cam, boxes, torch.tensor([top]), settings)
+        pool.append(apply_views(pixels.expand(top, -1, -1, -1), best, torch.zeros(top, dtype=torch.bool)))
+    patches = torch.cat(pool)[: settings.images_needed]
+    with torch.no_grad():
+        confidence = eyes.activation.model(eyes.see(patches)).softmax(1).amax(1).numpy()
+    if settings.confidence == "random":
+        order = draws.permutation(0, "discovery-keep", label, count=len(patches))
+    else:
+        order = np.argsort(confidence if settings.confidence == "lowest" else -confidence, kind="stable")
+    return tile(shrink(patches[order[: settings.patches].copy()], settings.beta).numpy(), settings.beta)
+
+
+@pytest.mark.parametrize("confidence", ["lowest", "highest", "random"])
+@pytest.mark.parametrize("beta", [1, 4])
+def test_classes_that_share_batches_come_out_as_if_alone(
+    eyes: Eyes, confidence: Confidence, beta: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Classes of 5, 11 and 40 images in batches of 7 and groups of two: t and the pools differ from class to class."""
+    monkeypatch.setattr(discovery, "BATCH", 7)
+    settings = replace(SETTINGS, confidence=confidence, beta=beta)
+    monkeypatch.setattr(discovery, "GROUP_IMAGES", 2 * settings.images_needed)
+    train, usable = _images(56), [list(range(5)), list(range(5, 16)), list(range(16, 56))]
+    assert [list(group) for group in class_groups(3, settings)] == [[0, 1], [2]]
+    for label, images in enumerate(_discover(train, usable, eyes, settings)):
+        np.testing.assert_array_equal(images, _by_itself(train, label, usable[label], eyes, settings))
+
+
+def test_a_pool_holds_what_may_be_kept_and_no_more() -> None:
+    """30 times as many patches come as are kept; the held ones never exceed these, and are shrunk."""
+    settings = replace(SETTINGS, beta=4, pool_factor=30)
+    pool = Pool(0, 240, settings, 0)
+    for start in range(0, 240, 24):
+        confidence = np.linspace(1, 0, 240, dtype=np.float32)[start : start + 24]
+        pool.offer(torch.full((24, 3, 16, 16), start, dtype=torch.uint8), confidence)
+        assert len(pool._kept) <= settings.patches
+        assert {patch.untyped_storage().nbytes() for _, _, patch in pool._kept} == {3 * 8 * 8}
+    assert pool.kept().shape == (8, 3, 8, 8)
+    assert (pool.kept() == 216).all()
+
+
+def test_equal_confidence_keeps_the_first() -> None:
+    pool = Pool(0, 6, SETTINGS, 0)
+    for number in range(6):
+        pool.offer(torch.full((1, 3, 8, 8), number, dtype=torch.uint8), np.array([0.5], np.float32))
+    np.testing.assert_array_equal(pool.kept()[:, 0, 0, 0], [0, 1])
+
+
+def test_groups_cover_every_class_once_whatever_a_class_needs() -> None:
+    for ipc in (1, 30, 1000):
+        groups = class_groups(7, replace(SETTINGS, ipc=ipc))
+        assert [label for group in groups for label in group] == list(range(7))
+
+
+def test_a_file_that_vanished_is_named(eyes: Eyes, tmp_path: Path) -> None:
+    """The error of a reading thread reaches the caller as it is."""
+    (tmp_path / "ant").mkdir()
+    for number in range(6):
+        Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "ant" / f"{number}.png")
+    train = list_classes(tmp_path, ["ant"], 16)
+    (tmp_path / "ant" / "4.png").unlink()
+    with pytest.raises(DataError, match=r"ant/4\.png: cannot be read"):
+        _discover(train, [list(range(6))], eyes, SETTINGS)
+
+
+# ---- reading ahead
+
+
+def test_reading_ahead_keeps_the_order_and_its_bound() -> None:
+    started: list[int] = []
+
+    def read(item: int) -> int:
+        started.append(item)
+        return item * item
+
+    results = read_ahead(read, range(1000), 3)
+    for item in range(50):
+        assert next(results) == item * item
+        assert len(started) <= item + 3 * AHEAD
+    results.close()
+    assert len(started) < 1000
+
+
+def test_an_error_comes_where_its_result_would_have_come() -> None:
+    results = read_ahead(lambda item: 1 // (3 - item), range(6), 2)
+    assert [next(results) for _ in range(3)] == [0, 0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)

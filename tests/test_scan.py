@@ -14,7 +14,8 @@ from builders.images import UnusableImage
 from builders.scan import usable_images
 from nrrdd_format.errors import DataError
 
-ALL = np.arange(6, dtype=np.int64)
+ANTS = np.arange(6, dtype=np.int64)
+CATS = ANTS + 6
 NOISE = np.random.Generator(np.random.Philox(3)).integers(0, 256, (30, 30), dtype=np.uint8)
 
 
@@ -33,13 +34,14 @@ def folder(tmp_path: Path) -> FolderImages:
 
 
 def test_a_sound_class_gives_the_first_images_asked_for(folder: FolderImages) -> None:
-    found = usable_images(folder, 0, needed=3, order=ALL[::-1])
+    found = usable_images(folder, ANTS[::-1], needed=3)
     assert found.indices == [5, 4, 3]
     assert found.bad == []
 
 
-def test_bad_files_are_passed_over_and_named(folder: FolderImages) -> None:
-    found = usable_images(folder, 1, needed=3, order=ALL)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_bad_files_are_passed_over_and_named(folder: FolderImages, threads: int) -> None:
+    found = usable_images(folder, CATS, needed=3, threads=threads)
     assert found.indices == [6, 9, 11]
     assert [name for name, _ in found.bad] == ["cat/1.png", "cat/2.png", "cat/4.png"]
     assert [reason.split("(")[0].strip() for _, reason in found.bad] == [
@@ -50,19 +52,19 @@ def test_bad_files_are_passed_over_and_named(folder: FolderImages) -> None:
 
 
 def test_nothing_is_read_beyond_what_is_needed(folder: FolderImages) -> None:
-    found = usable_images(folder, 1, needed=1, order=ALL)
+    found = usable_images(folder, CATS, needed=1)
     assert found.indices == [6]
     assert found.bad == []
 
 
 def test_a_class_with_too_few_gives_what_it_has(folder: FolderImages) -> None:
-    found = usable_images(folder, 1, needed=6, order=ALL)
+    found = usable_images(folder, CATS, needed=6)
     assert found.indices == [6, 9, 11]
     assert len(found.bad) == 3
 
 
-def test_only_the_positions_in_order_are_taken(folder: FolderImages) -> None:
-    found = usable_images(folder, 1, needed=6, order=np.array([5, 1], dtype=np.int64))
+def test_only_the_candidates_are_taken(folder: FolderImages) -> None:
+    found = usable_images(folder, CATS[[5, 1]], needed=6)
     assert found.indices == [11]
     assert [name for name, _ in found.bad] == ["cat/1.png"]
 
@@ -70,5 +72,5 @@ def test_only_the_positions_in_order_are_taken(folder: FolderImages) -> None:
 def test_a_file_that_cannot_be_read_is_not_replaced(folder: FolderImages) -> None:
     (folder.root / "ant" / "0.png").unlink()
     with pytest.raises(DataError, match=r"ant/0\.png: cannot be read") as caught:
-        usable_images(folder, 0, needed=3, order=ALL)
+        usable_images(folder, ANTS, needed=3)
     assert not isinstance(caught.value, UnusableImage)

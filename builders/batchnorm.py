@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+OVER = (0, 2, 3)
+"""What a BatchNorm layer's statistics are taken over: images and places."""
 
 
 class BatchNormLoss:
@@ -52,5 +56,36 @@ class BatchNormLoss:
             return
         assert isinstance(layer, nn.BatchNorm2d)
         assert layer.running_mean is not None and layer.running_var is not None
-        variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)
+        mean, variance = batch_statistics(inputs[0])
         self._terms.append((mean - layer.running_mean).norm() + (variance - layer.running_var).norm())
+
+
+def batch_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,) of each channel of (B, C, h, w), float32 whatever the features' type."""
+    mean, variance = _BatchStatistics.apply(features)
+    return mean, variance
+
+
+class _BatchStatistics(torch.autograd.Function):
+    """The gradient is one linear function of each channel; torch's own goes over the features several times."""
+
+    @staticmethod
+    def forward(context: Any, features: Tensor) -> tuple[Tensor, Tensor]:
+        if features.dtype not in (torch.bfloat16, torch.float16):
+            variance, mean = torch.var_mean(features, dim=OVER, correction=0)
+        else:  # sums in float32 without a float32 copy of the features
+            mean = features.mean(OVER, dtype=torch.float32)
+            square = torch.linalg.vector_norm(features, dim=OVER, dtype=torch.float32).square()
+            variance = (square / (features.numel() // features.shape[1]) - mean.square()).clamp_min(0)
+        context.save_for_backward(features, mean)
+        return mean, variance
+
+    @staticmethod
+    def backward(context: Any, grad_mean: Tensor, grad_variance: Tensor) -> Tensor:
+        features, mean = context.saved_tensors
+        count = features.numel() // features.shape[1]
+        slope = grad_variance * (2 / count)
+        offset = grad_mean / count - slope * mean
+        channels = (1, -1, 1, 1)
+        slope, offset = slope.view(channels).to(features.dtype), offset.view(channels).to(features.dtype)
+        return torch.addcmul(offset, features, slope)

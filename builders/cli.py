@@ -171,6 +171,9 @@ def _add_refinement(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--alpha-bn", type=float, metavar="X", help="weight of the BatchNorm loss (0.01)")
     group.add_argument("--alpha-lr", type=float, metavar="X", help="weight of label refinement (1); 0: off")
     group.add_argument("--label-refinement", choices=get_args(options.LabelRefinement), help="its form (soft)")
+    group.add_argument(
+        "--precision", choices=get_args(options.Precision), help="of the teacher here (auto: bf16 on a GPU, else fp32)"
+    )
     group.add_argument("--jitter", action="store_true", help="SRe2L's crop, roll and flip before each step")
 
 

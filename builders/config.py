@@ -26,6 +26,7 @@ CropScore = Literal["mean", "sum"]
 Schedule = Literal["cosine", "constant"]
 LabelRefinement = Literal["soft", "pair"]
 Mix = Literal["cutmix", "mixup", "both"]
+Precision = Literal["auto", "fp32", "bf16"]
 Coding = Literal["explicit", "derived"]
 Codec = Literal["jpeg", "png", "webp"]
 
@@ -84,6 +85,8 @@ class RefinementSettings:
     """SRe2L's random resized crop, roll and flip before each forward pass."""
     batch_size: int
     mix: Mix
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What the teacher computes in; images, statistics and losses are float32 in either."""
     betas: tuple[float, float] = (0.5, 0.9)
     first_bn_factor: float = 10.0
 
@@ -197,6 +200,8 @@ class BuildConfig:
     label_refinement: LabelRefinement = "soft"
     jitter: bool = False
     batch_size: int = 100
+    precision: Precision = "auto"
+    """The teacher's in refinement; `auto` is bf16 on a GPU, else fp32."""
     epochs: int = 300
     records: Coding = "explicit"
     mix: Mix = "cutmix"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import msgpack
 import numpy as np
@@ -166,6 +166,7 @@ def prepare(config: BuildConfig, ranks: Ranks) -> Job:
     else:
         settings = plan_settings(replace(config, ipc=given.ipc), source, given.codec)
     device = ranks.device(config.device)
+    settings = _with_precision(settings, config, device)
     teacher = load_teachers(
         config.teachers,
         num_classes=len(source.class_names),
@@ -187,6 +188,13 @@ def prepare(config: BuildConfig, ranks: Ranks) -> Job:
         codebooks=_codebooks(config, settings, source.size),
         **_stages(config, settings, inputs, teacher, {"mean": list(mean), "std": list(std)}),
     )
+
+
+def _with_precision(settings: BuildSettings, config: BuildConfig, device: torch.device) -> BuildSettings:
+    """Settles what `auto` means on this device; it changes the images a little, so it belongs to the stage's key."""
+    auto: Literal["fp32", "bf16"] = "bf16" if device.type == "cuda" else "fp32"
+    precision = auto if config.precision == "auto" else config.precision
+    return replace(settings, refinement=replace(settings.refinement, precision=precision))
 
 
 def _load_inputs(config: BuildConfig, ranks: Ranks) -> Inputs:

@@ -96,7 +96,7 @@ def refinement_seconds(job: Job, images: NDArray[np.uint8]) -> float:
             mixes=mixes,
             seed=job.config.seed,
             batch=0,
-            on_step=lambda terms: None,
+            on_steps=lambda steps, terms: None,
         )
         return time.perf_counter() - started
 

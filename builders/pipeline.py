@@ -200,7 +200,7 @@ def refine(job: Job) -> None:
                 mixes=mixes,
                 seed=job.config.seed,
                 batch=batch,
-                on_step=lambda terms: progress.advance(1, **terms),
+                on_steps=lambda steps, terms: progress.advance(steps, **terms),
             )
             job.refinement.save_json(BATCH_LOSSES.format(batch), result.losses)
             job.refinement.save_array(BATCH_ARRAY.format(batch), result.images)

@@ -29,6 +29,9 @@ from builders.label_refinement import LabelRefinementLoss
 from nrrdd_format import draws
 from nrrdd_format.codebooks import MixTable
 
+REPORT_STEPS = 25
+"""Reading a loss makes a GPU wait, so it is done once in so many steps."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RefinedBatch:
@@ -52,7 +55,7 @@ def refine_batch(
     mixes: MixTable,
     seed: int,
     batch: int,
-    on_step: Callable[[dict[str, float]], None],
+    on_steps: Callable[[int, dict[str, float]], None],
 ) -> RefinedBatch:
     """Refines one class-mixed batch of initial images.
 
@@ -64,25 +67,23 @@ def refine_batch(
         mixes: the dataset's mix codebook: label refinement mixes as the records will.
         seed: the build's seed.
         batch: the batch's number, which keys its random draws.
-        on_step: called after each step with the unweighted terms of the loss.
+        on_steps: called after every few steps with their number and the last one's unweighted terms of the loss.
     """
-    pixels, targets = eyes.see(initial), torch.from_numpy(labels).to(eyes.device)
+    pixels = eyes.see(initial).contiguous(memory_format=torch.channels_last)
+    targets = torch.from_numpy(labels).to(eyes.device)
     mask = non_critical_mask(eyes, pixels, targets, settings.epsilon)
     objective = Objective(eyes, targets, settings, mixes, seed, batch)
     low, high = _pixel_range(eyes)
     adam = MaskedAdam(pixels, mask[:, None], settings)
-    terms: dict[str, Tensor] = {}
+    losses: dict[str, float] = {}
     with objective.batchnorm:
         for step in range(settings.iterations):
-            pixels.requires_grad_(True)
-            loss, terms = objective(pixels, step)
-            (gradient,) = torch.autograd.grad(loss, pixels)
-            pixels = adam.step(pixels.detach(), gradient, step).clamp_(low, high)
-            on_step({name: float(value) for name, value in terms.items()})
-    return RefinedBatch(
-        images=_to_uint8(pixels.detach(), eyes),
-        losses={name: float(value) for name, value in terms.items()},
-    )
+            gradient, terms = objective.gradient(pixels, step)
+            pixels = adam.step(pixels, gradient, step).clamp_(low, high)
+            if (step + 1) % REPORT_STEPS == 0 or step + 1 == settings.iterations:
+                losses = {name: float(value) for name, value in terms.items()}
+                on_steps(step % REPORT_STEPS + 1, losses)
+    return RefinedBatch(images=_to_uint8(pixels, eyes), losses=losses)
 
 
 def non_critical_mask(eyes: Eyes, pixels: Tensor, targets: Tensor, epsilon: float) -> Tensor:
@@ -110,18 +111,32 @@ class Objective:
         self.settings = settings
         self._seed, self._batch = seed, batch
 
-    def __call__(self, pixels: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted loss (scalar) and its unweighted terms."""
+    def gradient(self, pixels: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient of the weighted loss at `pixels`, like them float32, and the unweighted terms (scalars).
+
+        Each pass of the teacher is followed back before the next begins, so that memory holds one at a time.
+        """
         settings = self.settings
-        seen = jitter(pixels, self._seed, self._batch, step) if settings.jitter else pixels
-        with self.batchnorm.recording():
+        pixels = pixels.detach().requires_grad_(True)
+        moved = jitter(pixels, self._seed, self._batch, step) if settings.jitter else pixels
+        seen = moved.detach().requires_grad_(True)
+        terms = {}
+        with self._precision(), self.batchnorm.recording():
             logits = self.model(seen)
-        terms = {"ce": F.cross_entropy(logits, self.targets), "bn": self.batchnorm.loss()}
-        loss = terms["ce"] + settings.alpha_bn * terms["bn"]
+        terms["ce"], terms["bn"] = F.cross_entropy(logits.float(), self.targets), self.batchnorm.loss()
+        (gradient,) = torch.autograd.grad(terms["ce"] + settings.alpha_bn * terms["bn"], seen)
         if settings.alpha_lr > 0:
-            terms["lr"] = self.label_refinement(self.model, seen, step)
-            loss = loss + settings.alpha_lr * terms["lr"]
-        return loss, {name: value.detach() for name, value in terms.items()}
+            with self._precision():
+                terms["lr"] = self.label_refinement(self.model, seen, step)
+            (mixed,) = torch.autograd.grad(settings.alpha_lr * terms["lr"], seen)
+            gradient = gradient + mixed
+        if settings.jitter:
+            (gradient,) = torch.autograd.grad(moved, pixels, gradient)
+        return gradient, {name: value.detach() for name, value in terms.items()}
+
+    def _precision(self) -> torch.autocast:
+        """Where the teacher computes in bfloat16, images, statistics and losses stay float32."""
+        return torch.autocast(self.targets.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
 
 
 class MaskedAdam:
@@ -142,9 +157,9 @@ class MaskedAdam:
         beta1, beta2 = self._settings.betas
         self._mean.lerp_(gradient, 1 - beta1)
         self._square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        mean = self._mean / (1 - beta1 ** (step + 1))
         root = (self._square / (1 - beta2 ** (step + 1))).sqrt_().add_(self._eps)
-        return pixels - self._mask * (self.learning_rate(step) * mean / root)
+        rate = self.learning_rate(step) / (1 - beta1 ** (step + 1))
+        return pixels - (self._mean * rate).div_(root).mul_(self._mask)
 
 
 def jitter(pixels: Tensor, seed: int, batch: int, step: int) -> Tensor:

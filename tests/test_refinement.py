@@ -9,13 +9,22 @@ import pytest
 import torch
 from torch import nn
 
-from builders.batchnorm import BatchNormLoss
+from builders import refinement
+from builders.batchnorm import BatchNormLoss, batch_statistics
 from builders.cam import ClassActivation
 from builders.config import LabelRefinement, RefinementSettings
 from builders.discovery import Eyes
 from builders.label_refinement import LabelRefinementLoss, partner_choices
 from builders.models import create_model
-from builders.refinement import MaskedAdam, RefinedBatch, jitter, non_critical_mask, refine_batch
+from builders.refinement import (
+    REPORT_STEPS,
+    MaskedAdam,
+    Objective,
+    RefinedBatch,
+    jitter,
+    non_critical_mask,
+    refine_batch,
+)
 from nrrdd_format.codebooks import MixTable, mix_codebook
 
 SETTINGS = RefinementSettings(
@@ -53,8 +62,12 @@ def _initial(count: int = 6) -> tuple[np.ndarray, np.ndarray]:
 
 def _refine(eyes: Eyes, settings: RefinementSettings, steps: list[dict[str, float]] | None = None) -> RefinedBatch:
     images, labels = _initial()
-    record = (lambda terms: None) if steps is None else steps.append
-    return refine_batch(images, labels, eyes, settings, mixes=MIXES, seed=0, batch=0, on_step=record)
+
+    def record(count: int, terms: dict[str, float]) -> None:
+        if steps is not None:
+            steps.append(terms)
+
+    return refine_batch(images, labels, eyes, settings, mixes=MIXES, seed=0, batch=0, on_steps=record)
 
 
 def test_critical_pixels_never_change_and_others_do(eyes: Eyes) -> None:
@@ -66,7 +79,8 @@ def test_critical_pixels_never_change_and_others_do(eyes: Eyes) -> None:
     assert changed[mask > 0.25].mean() > 0.5
 
 
-def test_every_term_falls(eyes: Eyes) -> None:
+def test_every_term_falls(eyes: Eyes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refinement, "REPORT_STEPS", 1)
     steps: list[dict[str, float]] = []
     result = _refine(eyes, replace(SETTINGS, iterations=80), steps)
     assert set(steps[0]) == {"ce", "bn", "lr"}
@@ -74,6 +88,87 @@ def test_every_term_falls(eyes: Eyes) -> None:
     assert steps[-1]["ce"] < 0.9 * steps[0]["ce"]
     assert steps[-1]["bn"] < steps[0]["bn"]
     assert np.mean([s["lr"] for s in steps[-10:]]) < np.mean([s["lr"] for s in steps[:10]])
+
+
+@pytest.mark.parametrize(("iterations", "counts"), [(2, [2]), (25, [25]), (60, [25, 25, 10])])
+def test_losses_are_reported_every_few_steps_and_at_the_end(eyes: Eyes, iterations: int, counts: list[int]) -> None:
+    images, labels = _initial()
+    reports: list[tuple[int, dict[str, float]]] = []
+    settings = replace(SETTINGS, iterations=iterations)
+    result = refine_batch(
+        images, labels, eyes, settings, mixes=MIXES, seed=0, batch=0, on_steps=lambda *args: reports.append(args)
+    )
+    assert [count for count, _ in reports] == counts and REPORT_STEPS == 25
+    assert result.losses == reports[-1][1]
+
+
+# ---- the faster ways to the gradient
+
+
+def _plain_gradient(objective: Objective, pixels: torch.Tensor, step: int) -> torch.Tensor:
+    """The gradient as the loss is written down: one graph of both passes, float32."""
+    pixels = pixels.detach().requires_grad_(True)
+    settings = objective.settings
+    seen = jitter(pixels, 0, 0, step) if settings.jitter else pixels
+    with objective.batchnorm.recording():
+        logits = objective.model(seen)
+    loss = torch.nn.functional.cross_entropy(logits, objective.targets) + settings.alpha_bn * objective.batchnorm.loss()
+    loss = loss + settings.alpha_lr * objective.label_refinement(objective.model, seen, step)
+    (gradient,) = torch.autograd.grad(loss, pixels)
+    return gradient
+
+
+@pytest.mark.parametrize("jittered", [False, True])
+def test_two_passes_give_the_gradient_of_one_graph(eyes: Eyes, jittered: bool) -> None:
+    images, labels = _initial()
+    pixels, targets = eyes.see(images), torch.from_numpy(labels)
+    objective = Objective(eyes, targets, replace(SETTINGS, jitter=jittered), MIXES, 0, 0)
+    with objective.batchnorm:
+        for step in range(3):
+            gradient, _ = objective.gradient(pixels, step)
+            torch.testing.assert_close(gradient, _plain_gradient(objective, pixels, step), rtol=1e-4, atol=1e-7)
+
+
+def _trained(architecture: str) -> nn.Module:
+    """A network that tells which of three colours a noisy image leans to."""
+    torch.manual_seed(0)
+    model = create_model(architecture, 3, 16)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(40):
+        labels = torch.randint(3, (32,))
+        images = torch.randn(32, 3, 16, 16) + nn.functional.one_hot(labels, 3)[:, :, None, None]
+        loss = nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(("architecture", "cosine"), [("conv3-w16", 0.99), ("resnet18-small-w8", 0.97)])
+def test_bfloat16_gradients_point_where_float32_ones_do(architecture: str, cosine: float) -> None:
+    """At every step of a run, and images that end close together.
+
+    The more layers and the fewer channels, the more the roundings add up; `benchmarks.builder_throughput` reports the
+    cosine for the teacher that it measures.
+    """
+    activation = ClassActivation(_trained(architecture), 16)
+    wide = Eyes(activation=activation, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3), device=torch.device("cpu"))
+    images, labels = _initial(12)
+    pixels, targets = wide.see(images), torch.from_numpy(labels)
+    half = replace(SETTINGS, precision="bf16")
+    exact, fast = (Objective(wide, targets, settings, MIXES, 0, 0) for settings in (SETTINGS, half))
+    adam = MaskedAdam(pixels, torch.ones(1), SETTINGS)
+    for step in range(SETTINGS.iterations):
+        with exact.batchnorm:
+            gradient, terms = exact.gradient(pixels, step)
+        with fast.batchnorm:
+            close, near = fast.gradient(pixels, step)
+        assert close.dtype == torch.float32 and near["bn"].dtype == torch.float32
+        assert float(torch.cosine_similarity(gradient.flatten(), close.flatten(), dim=0)) >= cosine
+        assert all(float(near[name]) == pytest.approx(float(terms[name]), rel=0.03) for name in terms)
+        pixels = adam.step(pixels, gradient, step)
+    ends = [_refine(wide, settings).images.astype(int) for settings in (SETTINGS, half)]
+    assert 0 < np.abs(ends[0] - ends[1]).mean() < 2  # of 255
 
 
 def test_no_iterations_leave_the_images_as_they_are(eyes: Eyes) -> None:
@@ -143,6 +238,31 @@ def test_the_batchnorm_loss_is_its_definition(eyes: Eyes) -> None:
         assert layer.running_mean is not None and layer.running_var is not None
         expected = expected + factor * ((mean - layer.running_mean).norm() + (var - layer.running_var).norm())
     torch.testing.assert_close(found, expected)
+
+
+def _torchs_statistics(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return features.mean((0, 2, 3)), features.var((0, 2, 3), unbiased=False)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_statistics_gradient_is_torchs(layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    features = (torch.randn(4, 5, 3, 3, dtype=torch.float64) + 1).contiguous(memory_format=layout).requires_grad_()
+    assert torch.autograd.gradcheck(batch_statistics, features.double())
+    ours, theirs = (
+        torch.autograd.grad(mean.square().sum() + variance.exp().sum(), features)[0]
+        for mean, variance in (batch_statistics(features), _torchs_statistics(features))
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_statistics_of_bfloat16_features_are_float32() -> None:
+    """Rounded to bfloat16 they would be off by up to 0.4 %."""
+    torch.manual_seed(0)
+    features = (torch.randn(64, 3, 16, 16) * 0.5 + torch.tensor([0.1, 1.0, 3.0])[:, None, None]).bfloat16()
+    for found, exact in zip(batch_statistics(features), _torchs_statistics(features.double()), strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-5)
 
 
 def test_hooks_are_gone_afterwards() -> None:

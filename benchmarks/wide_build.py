@@ -121,9 +121,10 @@ def report(shape: Shape, folder: Path | None, out: Path | None) -> int:
 def measure(shape: Shape, folder: Path) -> list[StageCost]:
     """Writes images and teacher where they are missing, builds, and checks that the dataset is sound."""
     data, checkpoint = folder / "images", folder / "teacher.pt"
-    write_images(shape, data)
+    write_images(data, shape.class_names, shape.per_class, shape.size)
     if not checkpoint.is_file():
-        save_checkpoint(checkpoint, untrained(shape), shape.architecture, shape.class_names)
+        teacher = untrained(shape.architecture, shape.classes, shape.size)
+        save_checkpoint(checkpoint, teacher, shape.architecture, shape.class_names)
     dataset, work = folder / "dataset", folder / "work"
     costs = watch_build(build_arguments(shape, data, checkpoint, dataset, work), dataset, work)
     if problems := verify_dataset(dataset):
@@ -151,26 +152,26 @@ def build_arguments(shape: Shape, data: Path, checkpoint: Path, dataset: Path, w
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
-def write_images(shape: Shape, root: Path) -> None:
+def write_images(root: Path, class_names: Sequence[str], per_class: int, size: int) -> None:
     """Writes generated JPEGs as class folders; those that are there already are taken as they are."""
-    for label, name in enumerate(shape.class_names):
+    for label, name in enumerate(class_names):
         make_folder(root / name)
-        for number in range(shape.per_class):
+        for number in range(per_class):
             path = root / name / f"{number:05d}.jpg"
             if not path.is_file():
-                pixels = picture(label * shape.per_class + number, shape.size)
+                pixels = picture(label * per_class + number, size)
                 Image.fromarray(pixels).save(path, "JPEG", quality=JPEG_QUALITY)
 
 
-def untrained(shape: Shape) -> nn.Module:
+def untrained(architecture: str, classes: int, size: int) -> nn.Module:
     """A network of random weights, and BatchNorm statistics that fit them: its signals neither die nor blow up."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(SEED)
-        model = create_model(shape.architecture, shape.classes, shape.size)
+        model = create_model(architecture, classes, size)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None  # running statistics become plain means
-        pixels = torch.stack([torch.from_numpy(picture(number, shape.size)) for number in range(SETTLING_IMAGES)])
+        pixels = torch.stack([torch.from_numpy(picture(number, size)) for number in range(SETTLING_IMAGES)])
         model.train()(normalize(pixels.permute(0, 3, 1, 2), (0.5,) * 3, (0.25,) * 3))
     return model.eval()
 

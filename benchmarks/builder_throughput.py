@@ -1,0 +1,531 @@
+"""How fast the builder's three stages run, beside a plain recovery loop, bare decoding and the matmul rate.
+
+`python -m benchmarks.builder_throughput` times everything in one run, case after case and all of them again in every
+repeat; figures are medians. On a GPU:
+
+    python -m benchmarks.builder_throughput --device cuda --size 224 --batch-size 100 --iterations 50 --repeats 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.command import add_device, pick_device, run
+from benchmarks.loader_data import MEAN, STD, picture
+from benchmarks.plain_recover import recover
+from benchmarks.results_io import markdown_table, provenance, provenance_text, usable_cores, write_json, write_text
+from benchmarks.wide_build import untrained, write_images
+from builders.cam import ClassActivation
+from builders.config import DiscoverySettings, RefinementSettings
+from builders.discovery import Eyes, class_groups, discover_groups
+from builders.folders import list_classes
+from builders.image_sets import FolderImages
+from builders.prefetch import read_ahead
+from builders.refinement import Objective, refine_batch
+from builders.relabel import relabel_epoch
+from builders.teacher import load_teacher, load_weights_only
+from nrrdd_format.codebooks import MixTable, distance_levels, mix_codebook, view_codebook
+from nrrdd_format.errors import ConfigError
+from nrrdd_format.pairs import RecordLayout, draw_pairs
+from nrrdd_format.replay import normalize
+
+MODULE = "benchmarks.builder_throughput"
+SEED = 0
+PLAIN = "plain recovery, fp32"
+FULL = "nrrdd"
+ONE_PASS = "nrrdd without label refinement"
+DECODE = "decode only"
+PAPER_ITERATIONS = 2000
+IMAGENET_CLASSES = 1000
+IPCS = (10, 50, 200)
+MEGABYTE = 1e6
+SOURCE_CLASSES = 10
+
+NOTES = """\
+*plain recovery* is SRe2L's loop written plainly (`benchmarks/plain_recover.py`): one pass of the teacher a step. *nrrdd
+without label refinement* does the same work; *nrrdd* has the second pass, on mixed images, that NRR-DD adds. Processor
+ms count the time of all cores, which other work on the machine stretches far less than wall time. TFLOP/s count
+convolutions and linear layers, and stand beside what a large matrix product reaches in the same precision in the same
+run. Hours: images of ImageNet-1k times 2000 iterations at the measured ms, on one such device. Cosine: between the
+gradient in bf16 and in fp32 at the same pixels, the least over five steps. Peak memory: the process's (CPU) or what
+torch allocated (GPU). *teacher alone*: as many forward passes as the stage makes, on images that are ready.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Everything that is timed works on this: a teacher, one batch of images, and a folder of JPEGs."""
+
+    eyes: Eyes
+    images: np.ndarray
+    labels: np.ndarray
+    mixes: MixTable
+    source: FolderImages
+    iterations: int
+    threads: int
+
+    @property
+    def model(self) -> nn.Module:
+        """The teacher's network."""
+        return self.eyes.activation.model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One thing to time. `prepare` makes ready, untimed, what is then called; one call does `items` items.
+
+    `passes` are the teacher's forward passes of an item that are followed back; a way back costs what the way there
+    does, since the weights need no gradient.
+    """
+
+    stage: str
+    name: str
+    items: int
+    prepare: Callable[[], Callable[[], object]]
+    passes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Medians over the repeats.
+
+    Attributes:
+        ms, processor_ms: per item: an image and iteration of refinement, a pair, an image of discovery.
+        repeats: each repeat's own ms.
+        peak: bytes, the largest of all repeats; None where the system does not tell.
+        tflops: achieved, where they are counted.
+    """
+
+    stage: str
+    name: str
+    ms: float
+    processor_ms: float
+    repeats: tuple[float, ...]
+    peak: int | None
+    tflops: float | None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    options = make_parser().parse_args(arguments)
+    return run(lambda: report(options))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description="Time the builder's stages.")
+    parser.add_argument("--architecture", default="resnet18", metavar="ARCH", help="an untrained teacher (resnet18)")
+    parser.add_argument(
+        "--teacher-checkpoint", type=Path, metavar="FILE", help="a trained one by nrrdd teacher instead"
+    )
+    parser.add_argument("--classes", type=int, default=1000, metavar="C", help="of the untrained teacher (1000)")
+    parser.add_argument("--size", type=int, default=64, metavar="PX", help="side of the images (64)")
+    parser.add_argument("--batch-size", type=int, default=20, metavar="B", help="images refined together (20)")
+    parser.add_argument("--iterations", type=int, default=3, metavar="N", help="steps timed in a repeat (3)")
+    parser.add_argument("--source-images", type=int, default=500, metavar="N", help="JPEGs of discovery (500)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="R", help="of every case (5)")
+    parser.add_argument(
+        "--threads", type=int, default=usable_cores(), metavar="N", help="torch's and reading (all cores)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write <date>-builder-throughput-….{json,md} here")
+    add_device(parser)
+    return parser
+
+
+def report(options: argparse.Namespace) -> int:
+    """Measures, prints the tables and writes what was asked for; returns the exit status."""
+    for name, least in (("batch_size", 2), ("iterations", 1), ("repeats", 1), ("source_images", SOURCE_CLASSES)):
+        if getattr(options, name) < least:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option}: found {getattr(options, name)}, expected {least} or more")
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory(prefix="nrrdd-builder-") as folder:
+        bench, architecture = make_bench(options, Path(folder))
+        timings = measure(list(make_cases(bench)), options.repeats, bench.eyes.device, forward_flops(bench))
+        rates = {name: matmul_rate(bench.eyes.device, dtype) for name, dtype in _TYPES.items()}
+        cosine = least_cosine(bench)
+    text = tables(timings, rates, cosine, options)
+    print(f"{text}\n{NOTES}")
+    if options.out is not None:
+        facts = provenance(MODULE, seeds=[SEED])
+        stem = f"{facts['date']}-builder-throughput-{architecture}-{options.size}"
+        record = facts | _as_json(timings, rates, cosine, options, architecture)
+        write_json(options.out / f"{stem}.json", record)
+        title = f"# Speed of the builder: {architecture}, {options.size} px, batches of {options.batch_size}"
+        write_text(options.out / f"{stem}.md", f"{title}\n\n{provenance_text(facts)}\n{text}\n{NOTES}")
+    return 0
+
+
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+# ---- what is timed
+
+
+def make_bench(options: argparse.Namespace, folder: Path) -> tuple[Bench, str]:
+    """The teacher and the images, generated; and the teacher's architecture."""
+    device = torch.device(pick_device(options.device))
+    model, architecture = _teacher(options, device)
+    eyes = Eyes(activation=ClassActivation(model, options.size), mean=MEAN, std=STD, device=device)
+    names = [f"class-{label}" for label in range(SOURCE_CLASSES)]
+    write_images(folder, names, options.source_images // SOURCE_CLASSES, options.size)
+    pixels = np.stack([picture(number, options.size).transpose(2, 0, 1) for number in range(options.batch_size)])
+    return Bench(
+        eyes=eyes,
+        images=pixels,
+        labels=np.arange(options.batch_size) % SOURCE_CLASSES,
+        mixes=MixTable.from_entries(mix_codebook(SEED, options.size, "cutmix"), options.size),
+        source=list_classes(folder, names, options.size),
+        iterations=options.iterations,
+        threads=options.threads,
+    ), architecture
+
+
+def _teacher(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, str]:
+    if options.teacher_checkpoint is None:
+        model = untrained(options.architecture, options.classes, options.size).requires_grad_(False)
+        return model.to(device, memory_format=torch.channels_last), options.architecture  # type: ignore[call-overload]
+    names = load_weights_only(options.teacher_checkpoint, "give a file by nrrdd teacher").get("class_names")
+    if not isinstance(names, list) or len(names) < SOURCE_CLASSES:
+        raise ConfigError(f"--teacher-checkpoint: expected a file by nrrdd teacher of {SOURCE_CLASSES} classes or more")
+    teacher = load_teacher(
+        None,
+        options.teacher_checkpoint,
+        num_classes=len(names),
+        image_size=options.size,
+        device=device,
+        class_names=names,
+    )
+    return teacher.model, teacher.architecture
+
+
+def make_cases(bench: Bench) -> Iterator[Case]:
+    """Refinement in all its forms, then relabeling and discovery, each with its ceiling."""
+    yield Case(stage="refinement", name=PLAIN, items=_steps(bench), passes=1, prepare=lambda: _plain(bench))
+    for name, passes in ((ONE_PASS, 1), (FULL, 2)):
+        for precision in ("fp32", "bf16"):
+            settings = replace(_settings(bench), alpha_lr=passes - 1.0, precision=precision)
+            yield Case(
+                stage="refinement",
+                name=f"{name}, {precision}",
+                items=_steps(bench),
+                prepare=partial(partial, _refine, bench, settings),
+                passes=passes,
+            )
+    pairs = len(bench.images)
+    yield Case(stage="relabeling", name="nrrdd", items=pairs, prepare=lambda: _relabel(bench))
+    yield Case(stage="relabeling", name="teacher alone", items=pairs, prepare=lambda: _forwards(bench, 1))
+    images = len(bench.source)
+    yield Case(stage="discovery", name="nrrdd", items=images, prepare=lambda: lambda: _discover(bench))
+    yield Case(stage="discovery", name=DECODE, items=images, prepare=lambda: lambda: _decode(bench))
+    passes = 2 * -(-images // pairs)  # an image for its activation map, and its patch
+    yield Case(stage="discovery", name="teacher alone", items=images, prepare=lambda: _forwards(bench, passes))
+
+
+def _steps(bench: Bench) -> int:
+    return bench.iterations * len(bench.images)
+
+
+def _settings(bench: Bench) -> RefinementSettings:
+    return RefinementSettings(
+        iterations=bench.iterations,
+        learning_rate=0.05,
+        schedule="cosine",
+        epsilon=0.5,
+        alpha_bn=0.01,
+        alpha_lr=1.0,
+        label_refinement="soft",
+        jitter=False,
+        batch_size=len(bench.images),
+        mix="cutmix",
+    )
+
+
+def _plain(bench: Bench) -> Callable[[], object]:
+    model = copy.deepcopy(bench.model).to(memory_format=torch.contiguous_format)
+    pixels, labels = bench.eyes.see(bench.images), torch.from_numpy(bench.labels).to(bench.eyes.device)
+    ends = torch.tensor([0.0, 255.0], device=bench.eyes.device).view(2, 1, 1, 1, 1).expand(2, 1, 3, 1, 1)
+    low, high = (normalize(end, MEAN, STD) for end in ends)
+    return lambda: recover(model, pixels, labels, bench.iterations, (low, high))
+
+
+def _refine(bench: Bench, settings: RefinementSettings) -> None:
+    refine_batch(
+        bench.images,
+        bench.labels,
+        bench.eyes,
+        settings,
+        mixes=bench.mixes,
+        seed=SEED,
+        batch=0,
+        on_steps=lambda steps, losses: None,
+    )
+
+
+def _relabel(bench: Bench) -> Callable[[], object]:
+    count, size = len(bench.images), bench.images.shape[-1]
+    layout = RecordLayout(
+        images=count,
+        pairs=count,
+        size=size,
+        cycle=min(10, count),
+        mix_group=10,
+        block_epochs=1,
+        flip=True,
+        coding="explicit",
+        seed=SEED,
+        views=view_codebook(SEED, size, (0.5, 1.0)),
+        mixes=bench.mixes,
+        levels=distance_levels(),
+    )
+    images = torch.from_numpy(bench.images).contiguous(memory_format=torch.channels_last).to(bench.eyes.device)
+    return lambda: relabel_epoch(
+        images,
+        bench.labels,
+        draw_pairs(layout, 0, 0),
+        model=bench.model,
+        temperature=1.0,
+        mean=bench.eyes.mean,
+        std=bench.eyes.std,
+    )
+
+
+def _forwards(bench: Bench, passes: int) -> Callable[[], object]:
+    pixels = bench.eyes.see(bench.images).contiguous(memory_format=torch.channels_last)
+
+    def call() -> None:
+        with torch.no_grad():
+            for _ in range(passes):
+                bench.model(pixels)
+
+    return call
+
+
+def _discover(bench: Bench) -> None:
+    per_class = len(bench.source) // SOURCE_CLASSES
+    beta = 4
+    settings = DiscoverySettings(
+        ipc=max(1, per_class // (3 * beta)), beta=beta, init="cidd", confidence="lowest", crop_score="mean"
+    )
+    members = np.split(np.arange(len(bench.source)), SOURCE_CLASSES)
+    usable = [part.tolist() for part in members]
+    groups = class_groups(SOURCE_CLASSES, settings)
+    for _ in discover_groups(bench.source, groups, usable, bench.eyes, settings, SEED, bench.threads):
+        pass
+
+
+def _decode(bench: Bench) -> None:
+    with closing(read_ahead(bench.source.read, range(len(bench.source)), bench.threads)) as images:
+        for _ in images:
+            pass
+
+
+# ---- timing
+
+
+def measure(cases: Sequence[Case], repeats: int, device: torch.device, flops: float) -> list[Timing]:
+    """Times every case, all of them once in every repeat, after one warming call of each.
+
+    `flops` are those of one image's forward pass.
+    """
+    for case in cases:
+        case.prepare()()
+    rounds = [[_time(case, device) for case in cases] for _ in range(repeats)]
+    return [_timing(case, one, flops) for case, one in zip(cases, zip(*rounds, strict=True), strict=True)]
+
+
+def _time(case: Case, device: torch.device) -> tuple[float, float, int | None]:
+    """Wall and processor seconds of one call, and peak memory."""
+    call = case.prepare()
+    _forget_peak(device)
+    _wait(device)
+    started, processor = time.perf_counter(), time.process_time()
+    call()
+    _wait(device)
+    return time.perf_counter() - started, time.process_time() - processor, _peak(device)
+
+
+def _timing(case: Case, rounds: Sequence[tuple[float, float, int | None]], flops: float) -> Timing:
+    walls, processors, peaks = zip(*rounds, strict=True)
+    return Timing(
+        stage=case.stage,
+        name=case.name,
+        ms=1000 * median(walls) / case.items,
+        processor_ms=1000 * median(processors) / case.items,
+        repeats=tuple(1000 * wall / case.items for wall in walls),
+        peak=max((peak for peak in peaks if peak is not None), default=None),
+        tflops=2 * case.passes * flops * case.items / median(walls) / 1e12 if case.passes else None,
+    )
+
+
+def forward_flops(bench: Bench) -> float:
+    """Floating-point operations of one image's forward pass: convolutions and linear layers."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        bench.model(bench.eyes.see(bench.images))
+    return float(counter.get_total_flops()) / len(bench.images)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large matrix product, the best of five."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(6):  # the first warms up
+        _wait(device)
+        started = time.perf_counter()
+        torch.mm(a, b)
+        _wait(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * side**3 / min(seconds[1:]) / 1e12
+
+
+def least_cosine(bench: Bench, steps: int = 5) -> float:
+    """The least cosine between the gradients in bf16 and in fp32, over some steps from the same pixels."""
+    pixels, targets = bench.eyes.see(bench.images), torch.from_numpy(bench.labels).to(bench.eyes.device)
+
+    def gradient(precision: str, step: int) -> Tensor:
+        settings = replace(_settings(bench), precision=precision)  # type: ignore[arg-type]
+        objective = Objective(bench.eyes, targets, settings, bench.mixes, SEED, 0)
+        with objective.batchnorm:
+            return objective.gradient(pixels, step)[0].flatten()
+
+    return min(
+        float(torch.cosine_similarity(gradient("fp32", step), gradient("bf16", step), dim=0)) for step in range(steps)
+    )
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes what is held now
+
+
+def _peak(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+
+
+# ---- what is reported
+
+
+def tables(timings: Sequence[Timing], rates: dict[str, float], cosine: float, options: argparse.Namespace) -> str:
+    """All figures as text."""
+    refinement = [timing for timing in timings if timing.stage == "refinement"]
+    return "\n".join(
+        [
+            _refinement_table(refinement, rates),
+            "",
+            f"Gradient in bf16 against fp32: cosine {cosine:.4f}.",
+            "",
+            _hours_table(refinement),
+            "",
+            _rates_table([timing for timing in timings if timing.stage != "refinement"]),
+            "",
+        ]
+    )
+
+
+def _refinement_table(timings: Sequence[Timing], rates: dict[str, float]) -> str:
+    plain = next(timing.ms for timing in timings if timing.name == PLAIN)
+    header = [
+        "refinement",
+        "ms an image and iteration",
+        "processor ms",
+        "× plain",
+        "TFLOP/s",
+        "of matmul",
+        "peak memory, MB",
+    ]
+    rows = []
+    for timing in timings:
+        rate = rates["bf16" if timing.name.endswith("bf16") else "fp32"]
+        assert timing.tflops is not None
+        rows.append(
+            [
+                timing.name,
+                f"{timing.ms:.3f}",
+                f"{timing.processor_ms:.3f}",
+                f"{plain / timing.ms:.2f}",
+                f"{timing.tflops:.3f}",
+                f"{timing.tflops / rate:.0%}",
+                _megabytes(timing.peak),
+            ]
+        )
+    return markdown_table(header, rows)
+
+
+def _hours_table(timings: Sequence[Timing]) -> str:
+    header = [f"{PAPER_ITERATIONS} iterations", "s an image", *(f"hours, ImageNet-1k IPC {ipc}" for ipc in IPCS)]
+    rows = []
+    for timing in timings:
+        seconds = timing.ms * PAPER_ITERATIONS / 1000
+        hours = [f"{IMAGENET_CLASSES * ipc * seconds / 3600:,.1f}" for ipc in IPCS]
+        rows.append([timing.name, f"{seconds:.2f}", *hours])
+    return markdown_table(header, rows)
+
+
+def _rates_table(timings: Sequence[Timing]) -> str:
+    header = ["stage", "images or pairs a second", "ms", "processor ms", "peak memory, MB"]
+    rows = [
+        [
+            f"{timing.stage}: {timing.name}",
+            f"{1000 / timing.ms:,.0f}",
+            f"{timing.ms:.3f}",
+            f"{timing.processor_ms:.3f}",
+            _megabytes(timing.peak),
+        ]
+        for timing in timings
+    ]
+    return markdown_table(header, rows)
+
+
+def _megabytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / MEGABYTE:,.0f}"
+
+
+def _as_json(
+    timings: Sequence[Timing],
+    rates: dict[str, float],
+    cosine: float,
+    options: argparse.Namespace,
+    architecture: str,
+) -> dict[str, Any]:
+    names = ("size", "batch_size", "iterations", "source_images", "repeats", "threads")
+    return {
+        "teacher": {"architecture": architecture, "trained": options.teacher_checkpoint is not None},
+        "shape": {name: getattr(options, name) for name in names},
+        "matmul_tflops": rates,
+        "bf16_cosine": cosine,
+        "timings": [asdict(timing) for timing in timings],
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,79 @@
+"""The builder's benchmarks: a short run of each through its command line, and the plain loop ours is timed beside."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import builder_throughput, wide_build
+from benchmarks.build_watch import STAGES, take_sample
+from benchmarks.plain_recover import recover
+
+TINY = ["--size", "16", "--architecture", "conv2-w4", "--threads", "1", "--device", "cpu"]
+
+
+def _record(folder: Path) -> tuple[dict[str, object], str]:
+    (record,), (text,) = folder.glob("*.json"), folder.glob("*.md")
+    return json.loads(record.read_text()), text.read_text()
+
+
+def test_a_wide_build_reports_every_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["--classes", "12", "--per-class", "3", "--iterations", "2", "--batch-size", "4", "--epochs", "2"]
+    assert wide_build.main([*TINY, *shape, "--out", str(tmp_path)]) == 0
+    record, text = _record(tmp_path)
+    stages = record["stages"]
+    assert isinstance(stages, list)
+    assert [stage["stage"] for stage in stages] == ["start", *STAGES]
+    assert all(stage["seconds"] >= 0 for stage in stages)
+    units = {stage["stage"]: stage["units"] for stage in stages}
+    assert (units["scan"], units["discovery"], units["encoding"], units["relabeling"]) == (12, 12, 1, 2)
+    assert stages[0]["peak_rss"] > 0 and stages[2]["disk"] > 12 * 3 * 16 * 16
+    assert "| relabeling" in text and "| relabeling" in capsys.readouterr().out
+
+
+def test_a_build_is_not_measured_over_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "dataset").mkdir()
+    assert wide_build.main([*TINY, "--classes", "2", "--per-class", "1", "--folder", str(tmp_path)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_sample_counts_this_process() -> None:
+    sample = take_sample(os.getpid())
+    assert sample.rss > 1e7 and sample.processor > 0
+    assert take_sample(2**22 + 1).rss == 0
+
+
+def test_builder_throughput_times_every_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["--batch-size", "4", "--iterations", "1", "--source-images", "20", "--repeats", "1", "--classes", "10"]
+    assert builder_throughput.main([*TINY, *shape, "--out", str(tmp_path)]) == 0
+    record, text = _record(tmp_path)
+    timings = record["timings"]
+    assert isinstance(timings, list)
+    assert [timing["stage"] for timing in timings] == ["refinement"] * 5 + ["relabeling"] * 2 + ["discovery"] * 3
+    assert all(timing["ms"] > 0 for timing in timings)
+    assert isinstance(record["bf16_cosine"], float) and record["bf16_cosine"] > 0.9
+    assert "hours, ImageNet-1k IPC 200" in text and "plain recovery" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("option", "value"), [("--batch-size", "1"), ("--repeats", "0"), ("--source-images", "5")])
+def test_a_shape_that_cannot_be_timed_is_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert builder_throughput.main([*TINY, option, value]) == 2
+    assert option in capsys.readouterr().err
+
+
+def test_the_plain_loop_lowers_its_loss_within_bounds() -> None:
+    """A baseline that does not do the work would be no baseline."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 14 * 14, 3))
+    model.eval().requires_grad_(False)
+    images, labels = torch.randn(6, 3, 16, 16), torch.arange(6) % 3
+    bounds = (torch.full((1, 3, 1, 1), -2.0), torch.full((1, 3, 1, 1), 2.0))
+    found = recover(model, images, labels, 60, bounds)
+    assert found.abs().max() <= 2
+    before, after = (nn.functional.cross_entropy(model(pixels), labels) for pixels in (images, found))
+    assert after < before

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -63,6 +63,7 @@ class Shape:
     architecture: str
     device: str
     threads: int
+    ranks: int
 
     @property
     def class_names(self) -> list[str]:
@@ -88,6 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=3, metavar="N", help="stored epochs (3)")
     parser.add_argument("--architecture", default="resnet18", metavar="ARCH", help="the untrained teacher (resnet18)")
     parser.add_argument("--threads", type=int, default=usable_cores(), metavar="N", help="torch's threads (all cores)")
+    parser.add_argument("--ranks", type=int, default=1, metavar="R", help="processes that share the work (1)")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="holds images and build; default: a temporary one")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write <date>-wide-build.{json,md} into this folder")
     add_device(parser)
@@ -95,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _shape(options: argparse.Namespace) -> Shape:
-    names = ("classes", "per_class", "size", "ipc", "iterations", "batch_size", "epochs", "architecture", "threads")
+    names = [field.name for field in fields(Shape) if field.name != "device"]
     return Shape(device=pick_device(options.device), **{name: getattr(options, name) for name in names})
 
 
@@ -126,7 +128,9 @@ def measure(shape: Shape, folder: Path) -> list[StageCost]:
         teacher = untrained(shape.architecture, shape.classes, shape.size)
         save_checkpoint(checkpoint, teacher, shape.architecture, shape.class_names)
     dataset, work = folder / "dataset", folder / "work"
-    costs = watch_build(build_arguments(shape, data, checkpoint, dataset, work), dataset, work)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={shape.ranks}"]
+    launcher = torchrun if shape.ranks > 1 else []
+    costs = watch_build(build_arguments(shape, data, checkpoint, dataset, work), dataset, work, launcher=launcher)
     if problems := verify_dataset(dataset):
         raise NrrddError(f"the built dataset is not sound: {problems[0]}")
     return costs
@@ -181,7 +185,7 @@ def description(shape: Shape) -> str:
     return (
         f"{shape.classes} classes of {shape.per_class} generated images, untrained {shape.architecture}, "
         f"IPC {shape.ipc}, {shape.iterations} iterations in batches of {shape.batch_size}, {shape.epochs} stored "
-        f"epochs, {shape.threads} threads."
+        f"epochs, {shape.ranks} ranks of {shape.threads} threads."
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import builder_throughput, wide_build
+from benchmarks import build_scaling, builder_throughput, wide_build
 from benchmarks.build_watch import STAGES, take_sample
 from benchmarks.plain_recover import recover
 
@@ -77,3 +78,16 @@ def test_the_plain_loop_lowers_its_loss_within_bounds() -> None:
     assert found.abs().max() <= 2
     before, after = (nn.functional.cross_entropy(model(pixels), labels) for pixels in (images, found))
     assert after < before
+
+
+def test_scaling_compares_builds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = replace(
+        build_scaling.BASE, classes=3, per_class=3, size=16, ipc=1, iterations=1, epochs=1, architecture="conv2-w4"
+    )
+    assert build_scaling.report(base, [("epochs", 2)], tmp_path) == 0
+    record, text = _record(tmp_path)
+    builds = record["builds"]
+    assert isinstance(builds, dict) and list(builds) == ["base", "epochs ×2"]
+    units = [build["stages"][5]["units"] for build in builds.values()]
+    assert units == [1, 2]
+    assert "| epochs ×2" in text and "| epochs ×2" in capsys.readouterr().out

@@ -26,6 +26,11 @@ PROBE_TOLERANCE = 1e-3
 Pooling = Literal["mean", "flatten"]
 
 
+def teacher_batch(device: torch.device) -> int:
+    """Images that a teacher is shown at once: on a CPU few are the fastest, since they stay in its cache."""
+    return 16 if device.type == "cpu" else 256
+
+
 class ClassActivation:
     """Class activation maps of one network.
 

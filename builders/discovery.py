@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from builders.cam import ClassActivation
+from builders.cam import ClassActivation, teacher_batch
 from builders.config import DiscoverySettings
 from builders.conventions import Colour
 from builders.image_sets import ImageSet
@@ -31,8 +31,6 @@ from builders.prefetch import read_ahead
 from nrrdd_format import draws
 from nrrdd_format.replay import apply_views, normalize
 
-BATCH = 100
-"""Images, and patches, that the teacher sees at once."""
 GROUP_IMAGES = 500
 """Training images of a group of classes, at most, unless one class has more: what a stopped build may do again."""
 
@@ -121,9 +119,9 @@ def _mosaics(
     """Mosaics of the kept patches of every class; `pixels` gives the images' pixels in order."""
     pools = {label: Pool(label, len(indices), settings, seed) for label, indices in images.items()}
     waiting = [(label, index) for label, indices in images.items() for index in indices]
-    flat_maps = 0
-    for start in range(0, len(waiting), BATCH):
-        labels, indices = zip(*waiting[start : start + BATCH], strict=True)
+    flat_maps, size = 0, teacher_batch(eyes.device)
+    for start in range(0, len(waiting), size):
+        labels, indices = zip(*waiting[start : start + size], strict=True)
         batch = torch.from_numpy(np.stack([next(pixels) for _ in labels])).to(eyes.device)
         cam, _, flat = eyes.activation(eyes.see(batch), torch.tensor(labels, device=eyes.device))
         flat_maps += flat
@@ -227,10 +225,10 @@ def _cut(images: Tensor, image: Tensor, boxes: Tensor) -> Tensor:
 @torch.no_grad()
 def _confidence(patches: Tensor, eyes: Eyes) -> NDArray[np.float32]:
     """The teacher's highest softmax probability for each patch: (P,) float32."""
-    model = eyes.activation.model
+    model, size = eyes.activation.model, teacher_batch(eyes.device)
     parts = [
-        model(eyes.see(patches[start : start + BATCH])).float().softmax(1).amax(1)
-        for start in range(0, len(patches), BATCH)
+        model(eyes.see(patches[start : start + size])).float().softmax(1).amax(1)
+        for start in range(0, len(patches), size)
     ]
     confidence: NDArray[np.float32] = torch.cat(parts).cpu().numpy()
     return confidence

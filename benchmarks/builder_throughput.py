@@ -61,9 +61,9 @@ NOTES = """\
 without label refinement* does the same work; *nrrdd* has the second pass, on mixed images, that NRR-DD adds. On a GPU
 ms are wall time; on a CPU they are the cores' own time, which other work on the machine stretches far less, so that
 every figure is one core's. TFLOP/s count convolutions and linear layers, and stand beside what a large matrix product
-reaches in the same precision in the same run. Hours: images of ImageNet-1k times 2000 iterations at that ms. Cosine: between the
-gradient in bf16 and in fp32 at the same pixels, the least over five steps. Peak memory: the process's (CPU) or what
-torch allocated (GPU). *teacher alone*: as many forward passes as the stage makes, on images that are ready.
+reaches in the same precision in the same run. Hours: images of ImageNet-1k times 2000 iterations at that ms. Cosine:
+between the gradient in bf16 and in fp32 at the same pixels, the least over five steps. Peak memory: the process's (CPU)
+or what torch allocated (GPU). *teacher alone*: as many forward passes as the stage makes, on images that are ready.
 """
 
 

@@ -165,6 +165,7 @@ def test_a_full_disk_is_one_line_in_every_stage_and_keeps_earlier_work(
 def test_arrays_say_why_they_cannot_be_written(tmp_path: Path) -> None:
     """NumPy's own writing would say how many items it wrote, not that the disk is full."""
     stage = Stage(tmp_path, "refinement", {}, "")
+    stage.make()
     with _largest_file(1000), pytest.raises(OutputError, match="File too large"):
         stage.save_array("batch.npy", np.zeros(10_000, np.uint8))
     stage.save_array("batch.npy", np.arange(6, dtype=np.uint8).reshape(2, 3).T)

@@ -21,14 +21,14 @@ from builders.progress import Progress
 
 MODULE = "benchmarks.build_scaling"
 BASE = Shape(
-    classes=20,
+    classes=10,
     per_class=48,
     size=72,
     ipc=4,
-    iterations=20,
-    batch_size=20,
-    epochs=20,
-    architecture="resnet18-small-w8",
+    iterations=10,
+    batch_size=10,
+    epochs=10,
+    architecture="resnet18-small-w4",
     device="cpu",
     threads=1,
     ranks=1,

@@ -156,7 +156,7 @@ def pair_teachers(architectures: Sequence[str], checkpoints: Sequence[Path]) -> 
 MAKING_OPTIONS = (
     *("init", "confidence", "crop_score", "beta"),
     *("iterations", "batch_size", "learning_rate", "schedule", "epsilon"),
-    *("alpha_bn", "alpha_lr", "label_refinement", "jitter"),
+    *("alpha_bn", "alpha_lr", "label_refinement", "jitter", "precision"),
 )
 """Options of discovery and refinement, which given images do not go through."""
 

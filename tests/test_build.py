@@ -223,6 +223,18 @@ def test_a_checkpoint_with_a_broken_normalisation_is_refused(source: Path, tmp_p
         build(_config(source, tmp_path / "out", teacher_checkpoint=tmp_path / "teacher.pt"))
 
 
+def test_the_precision_is_settled_by_the_device_and_recorded(source: Path, tmp_path: Path) -> None:
+    """Another precision gives other images, so its work is kept apart."""
+    work, found = tmp_path / "work", {}
+    for precision in ("auto", "fp32", "bf16"):
+        out = build(_config(source, tmp_path / precision, work_dir=work, precision=precision))
+        with open_dataset(out) as dataset:
+            found[precision] = dataset.manifest.method["refinement"]["precision"]
+    assert found == {"auto": "fp32", "fp32": "fp32", "bf16": "bf16"}
+    assert _content(tmp_path / "auto") == _content(tmp_path / "fp32")
+    assert len(list(work.glob("discovery-*"))) == 1 and len(list(work.glob("refinement-*"))) == 2
+
+
 @pytest.mark.parametrize("codec", ["jpeg", "webp", "png"])
 def test_every_codec(source: Path, tmp_path: Path, codec: str) -> None:
     out = build(_config(source, tmp_path / codec, image_codec=codec, epochs=1, iterations=0))

@@ -75,7 +75,7 @@ def class_groups(num_classes: int, settings: DiscoverySettings) -> list[range]:
 def discover_groups(
     train: ImageSet,
     groups: Sequence[Sequence[int]],
-    usable: Sequence[Sequence[int]],
+    usable: Sequence[Sequence[int] | NDArray[np.int64]],
     eyes: Eyes,
     settings: DiscoverySettings,
     seed: int,
@@ -92,11 +92,14 @@ def discover_groups(
         seed: the build's seed.
         threads: how many images are decoded at once.
     """
-    taken = {label: usable[label][: settings.images_needed] for group in groups for label in group}
-    order = [index for group in groups for label in group for index in taken[label]]
+
+    def taken(group: Sequence[int]) -> dict[int, list[int]]:
+        return {label: [int(index) for index in usable[label][: settings.images_needed]] for label in group}
+
+    order = (index for group in groups for indices in taken(group).values() for index in indices)
     with closing(read_ahead(train.read, order, threads)) as pixels:
         for group in groups:
-            images = {label: taken[label] for label in group}
+            images = taken(group)
             yield _whole(images, pixels) if settings.init == "real" else _mosaics(images, pixels, eyes, settings, seed)
 
 

@@ -124,7 +124,7 @@ def _say_mixed_up(job: Job, given: GivenImages) -> None:
         )
 
 
-def scan(job: Job) -> list[list[int]]:
+def scan(job: Job) -> list[NDArray[np.int64]]:
     """Finds the usable training images of every class, in the order discovery takes them.
 
     Raises:
@@ -137,11 +137,15 @@ def scan(job: Job) -> list[list[int]]:
         found = usable_images(job.source.train, members[label][order], needed=needed, threads=threads)
         job.scan.save_json(CLASS_JSON.format(label), {"indices": found.indices, "bad": found.bad})
     job.ranks.meet()
-    classes = [job.scan.load_json(CLASS_JSON.format(label)) for label in range(job.num_classes)]
+    usable, bad = [], []
+    for label in range(job.num_classes):
+        found_there = job.scan.load_json(CLASS_JSON.format(label))
+        usable.append(np.array(found_there["indices"], np.int64))  # a list would take five times the memory
+        bad += found_there["bad"]
     if job.ranks.is_first:
-        write_build_log(job, [entry for found in classes for entry in found["bad"]])
-    refuse_small_classes(job, [len(found["indices"]) for found in classes])
-    return [found["indices"] for found in classes]
+        write_build_log(job, bad)
+    refuse_small_classes(job, [len(indices) for indices in usable])
+    return usable
 
 
 def _members(job: Job) -> list[NDArray[np.int64]]:
@@ -163,7 +167,7 @@ def refuse_small_classes(job: Job, counts: Sequence[int]) -> None:
         )
 
 
-def discover(job: Job, usable: list[list[int]]) -> None:
+def discover(job: Job, usable: list[NDArray[np.int64]]) -> None:
     """Stage 1 for every class; a unit is a group of classes, whose images share batches."""
     settings, flat_maps = job.settings.discovery, 0
     groups = [

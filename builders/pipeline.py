@@ -139,9 +139,9 @@ def scan(job: Job) -> list[NDArray[np.int64]]:
     job.ranks.meet()
     usable, bad = [], []
     for label in range(job.num_classes):
-        found_there = job.scan.load_json(CLASS_JSON.format(label))
-        usable.append(np.array(found_there["indices"], np.int64))  # a list would take five times the memory
-        bad += found_there["bad"]
+        entry = job.scan.load_json(CLASS_JSON.format(label))
+        usable.append(np.array(entry["indices"], np.int64))  # a list would take five times the memory
+        bad += entry["bad"]
     if job.ranks.is_first:
         write_build_log(job, bad)
     refuse_small_classes(job, [len(indices) for indices in usable])

@@ -26,9 +26,9 @@ PROBE_TOLERANCE = 1e-3
 Pooling = Literal["mean", "flatten"]
 
 
-def teacher_batch(device: torch.device) -> int:
-    """Images that a teacher is shown at once: on a CPU few are the fastest, since they stay in its cache."""
-    return 16 if device.type == "cpu" else 256
+def teacher_batch(device: torch.device, size: int) -> int:
+    """Images of `size` px that a teacher is shown at once: a CPU is fastest where they stay in its cache."""
+    return max(16, min(100, (1 << 20) // size**2)) if device.type == "cpu" else 256
 
 
 class ClassActivation:
@@ -39,6 +39,7 @@ class ClassActivation:
 
     Attributes:
         model: the network, switched to eval mode.
+        image_size: S.
         pooling: `mean` where the logit is the map's mean plus bias, `flatten` where it is its sum plus bias.
 
     Raises:
@@ -46,7 +47,7 @@ class ClassActivation:
     """
 
     def __init__(self, model: nn.Module, image_size: int) -> None:
-        self.model = model.eval()
+        self.model, self.image_size = model.eval(), image_size
         anatomy = _examine(model, image_size, type(model).__name__)
         self.pooling: Pooling = anatomy.pooling
         self._features, self._head = anatomy.features, anatomy.head

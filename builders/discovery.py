@@ -122,7 +122,7 @@ def _mosaics(
     """Mosaics of the kept patches of every class; `pixels` gives the images' pixels in order."""
     pools = {label: Pool(label, len(indices), settings, seed) for label, indices in images.items()}
     waiting = [(label, index) for label, indices in images.items() for index in indices]
-    flat_maps, size = 0, teacher_batch(eyes.device)
+    flat_maps, size = 0, teacher_batch(eyes.device, eyes.activation.image_size)
     for start in range(0, len(waiting), size):
         labels, indices = zip(*waiting[start : start + size], strict=True)
         batch = torch.from_numpy(np.stack([next(pixels) for _ in labels])).to(eyes.device)
@@ -228,7 +228,7 @@ def _cut(images: Tensor, image: Tensor, boxes: Tensor) -> Tensor:
 @torch.no_grad()
 def _confidence(patches: Tensor, eyes: Eyes) -> NDArray[np.float32]:
     """The teacher's highest softmax probability for each patch: (P,) float32."""
-    model, size = eyes.activation.model, teacher_batch(eyes.device)
+    model, size = eyes.activation.model, teacher_batch(eyes.device, patches.shape[-1])
     parts = [
         model(eyes.see(patches[start : start + size])).float().softmax(1).amax(1)
         for start in range(0, len(patches), size)

@@ -169,7 +169,7 @@ def test_classes_that_share_batches_come_out_as_if_alone(
     eyes: Eyes, confidence: Confidence, beta: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Classes of 5, 11 and 40 images in batches of 7 and groups of two: t and the pools differ from class to class."""
-    monkeypatch.setattr(discovery, "teacher_batch", lambda device: 7)
+    monkeypatch.setattr(discovery, "teacher_batch", lambda device, size: 7)
     settings = replace(SETTINGS, confidence=confidence, beta=beta)
     monkeypatch.setattr(discovery, "GROUP_IMAGES", 2 * settings.images_needed)
     train, usable = _images(56), [list(range(5)), list(range(5, 16)), list(range(16, 56))]

@@ -27,7 +27,7 @@ from nrrdd_format.files import atomic_write
 from nrrdd_format.replay import normalize
 
 PREFLIGHT_IMAGES = 1000
-TEST_BATCH = 256
+TEST_BATCH = 64
 _SAVE_PLAIN = "save the weights alone, with torch.save(model.state_dict(), path)"
 
 

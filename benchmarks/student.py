@@ -27,13 +27,13 @@ from builders.models import create_model
 from builders.progress import Progress
 from builders.sources import OPEN_SIZES, Source, load_source
 from builders.teacher import Teacher, measure_top1
-from loaders import CompactLoss, DBRBatch, DBRLoader, DBRLoss, OneHotLoss, SoftLoss
+from loaders import CompactLoss, CompletedDBRLoss, DBRBatch, DBRLoader, DBRLoss, OneHotLoss, SoftLoss
 from nrrdd_format import draws
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.errors import ConfigError, DataError, TeacherError
 from nrrdd_format.manifest import Manifest
 
-Labels = Literal["dbr", "soft", "compact", "one-hot"]
+Labels = Literal["dbr", "dbr-completed", "soft", "compact", "one-hot"]
 Sce = Literal["sample", "batch", "target", "entropy"]
 Distance = Literal["l1", "huber", "squared"]
 
@@ -226,7 +226,12 @@ def make_terms(config: StudentConfig, manifest: Manifest) -> BatchTerms:
         return DBRLoss(radius=config.radius, sce=config.sce, distance=config.distance, temperature=temperature).terms
     if config.labels == "soft":
         return _soft_terms(load_dataset_teacher(manifest, config.teacher_checkpoint, config.device), config)
-    loss = CompactLoss() if config.labels == "compact" else OneHotLoss()
+    losses = {
+        "compact": CompactLoss(),
+        "dbr-completed": CompletedDBRLoss(temperature=manifest.records.temperature),
+        "one-hot": OneHotLoss(),
+    }
+    loss = losses[config.labels]
     return lambda logits, batch: {"loss": loss(logits, batch)}
 
 

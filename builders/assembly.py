@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from builders.card import dataset_card
-from builders.job import DISTANCES, Job
+from builders.job import DISTANCES, MASSES, Job
 from builders.preview import (
     SHOWN_INDICES,
     SHOWN_INITIAL,
@@ -37,6 +37,7 @@ from nrrdd_format.manifest import (
     TeacherInfo,
 )
 from nrrdd_format.pairs import PairRecords, draw_pairs
+from nrrdd_format.priors import Priors, choose_priors
 from nrrdd_format.records import encode_shard_records
 from nrrdd_format.shards import EncodedImage, ShardEntry, shard_name, write_shard
 
@@ -95,7 +96,17 @@ def _write(job: Job, shard: int, folder: Path) -> ShardEntry:
         blocks=encode_shard_records(_labelled_epochs(job, shard), layout, shard),
         epochs=job.settings.records.epochs,
         layout=layout,
+        priors=_priors(job, shard),
     )
+
+
+def _priors(job: Job, shard: int) -> Priors | None:
+    """The priors of a shard's images, as they are stored."""
+    count = job.settings.records.priors
+    if count is None:
+        return None
+    masses = job.priors.load_array(MASSES.format(shard))
+    return choose_priors(masses, job.labels[job.shards[shard]], count, job.codebooks.distances)
 
 
 def _labelled_epochs(job: Job, shard: int) -> Iterator[PairRecords]:
@@ -162,6 +173,7 @@ def make_manifest(job: Job, entries: list[ShardEntry], teacher_top1: float | Non
             seed=job.config.seed,
             mix=records.mix,
             temperature=records.temperature,
+            priors=records.priors,
         ),
         codebooks=job.codebooks,
         teacher=TeacherInfo(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from nrrdd_format.manifest import VERSION, Manifest
+from nrrdd_format.manifest import Manifest
+from nrrdd_format.versions import version_text
 
 TEMPLATE = """\
 # {name}, distilled: {ipc} images per class
@@ -83,7 +84,7 @@ def dataset_card(manifest: Manifest) -> str:
         top1="not tested on real images" if top1 is None else f"top-1 {top1:.1%} on real images",
         made="distilled with NRR-DD" if given is None else f"distilled before (method: {given['method']})",
         sha256=manifest.teacher.sha256,
-        version=".".join(map(str, VERSION)),
+        version=version_text(manifest.version),
         batch_size=min(100, images.count),
         license=manifest.dataset.source_license or "not stated",
         class_names=", ".join(manifest.dataset.class_names),

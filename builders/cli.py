@@ -190,6 +190,12 @@ def _add_records(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--distance-levels", type=int, metavar="N", help="levels of a stored distance (16)")
     group.add_argument("--views", type=int, metavar="N", help="crops in the codebook of views (512)")
     group.add_argument("--mixes", type=int, metavar="N", help="entries in the codebook of mixes (1024)")
+    group.add_argument(
+        "--priors",
+        type=int,
+        metavar="N",
+        help="other classes stored once an image, to complete its labels (0: none)",
+    )
     group.add_argument("--image-codec", choices=get_args(options.Codec), help="png up to 64 px, else jpeg")
     group.add_argument("--image-quality", type=int, metavar="Q", help="of JPEG and WebP (90)")
     group.add_argument("--shard-images", type=int, metavar="N", help="images aimed at in a shard (1000)")

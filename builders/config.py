@@ -15,7 +15,7 @@ from typing import Literal
 
 from builders.sources import Source
 from nrrdd_format.errors import ConfigError
-from nrrdd_format.limits import MAX_DRAWN_IMAGES, MAX_EPOCHS, MAX_IMAGES, MAX_LEVELS, MAX_MIXES, MAX_VIEWS
+from nrrdd_format.limits import MAX_CLASSES, MAX_DRAWN_IMAGES, MAX_EPOCHS, MAX_IMAGES, MAX_LEVELS, MAX_MIXES, MAX_VIEWS
 
 BLOCK_PAIRS = 20_000
 """Pairs that are compressed together, about: fewer cost bytes, more cost time where one epoch is read."""
@@ -118,6 +118,8 @@ class RecordSettings:
     """Stored epochs compressed together."""
     views: int
     mixes: int
+    priors: int | None
+    """Classes in each image's prior; None: no priors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +217,8 @@ class BuildConfig:
     """Crops in the codebook that views are drawn from."""
     mixes: int = 1024
     """Mixes in the codebook that pairs' mixes are drawn from."""
+    priors: int = 0
+    """Classes in each image's prior, at most; 0: no priors."""
     image_codec: Codec | None = None
     image_quality: int | None = None
     shard_images: int = 1000
@@ -236,6 +240,7 @@ class BuildConfig:
         _between("--distance-levels", self.distance_levels, 2, MAX_LEVELS)
         _between("--views", self.views, 1, MAX_VIEWS)
         _between("--mixes", self.mixes, 1, MAX_MIXES)
+        _between("--priors", self.priors, 0, MAX_CLASSES - 1)
         _between("--epsilon", self.epsilon, 0, 1)
         _positive("--learning-rate", self.learning_rate)
         _between("--temperature", self.temperature, 1e-3, 1e3)
@@ -329,6 +334,7 @@ def plan_settings(config: BuildConfig, source: Source, given_codec: Codec | None
             block_epochs=max(1, min(config.epochs, BLOCK_PAIRS // shard_images)),
             views=config.views,
             mixes=config.mixes,
+            priors=min(config.priors, len(source.class_names) - 1) or None,
         ),
     )
 

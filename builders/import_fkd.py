@@ -21,7 +21,6 @@ from nrrdd_format.files import atomic_write
 from nrrdd_format.manifest import (
     CODEC_EXTENSIONS,
     MANIFEST_NAME,
-    VERSION,
     DatasetInfo,
     ImagesInfo,
     Manifest,
@@ -30,6 +29,7 @@ from nrrdd_format.manifest import (
 )
 from nrrdd_format.records import encode_shard_records
 from nrrdd_format.shards import ShardEntry, shard_name, write_shard
+from nrrdd_format.versions import version_text
 
 UNKNOWN_TEACHER = "unknown"
 UNKNOWN_SHA256 = "0" * 64
@@ -239,7 +239,7 @@ def import_card(manifest: Manifest) -> str:
         per_pair=entry.record_bytes / pairs,
         architecture=manifest.teacher.architecture,
         sha256=manifest.teacher.sha256,
-        version=".".join(map(str, VERSION)),
+        version=version_text(manifest.version),
         batch_size=min(100, entry.pairs_per_epoch),
         license=manifest.dataset.source_license or "not stated",
     )

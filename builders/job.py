@@ -36,9 +36,12 @@ BATCH_ARRAY = "batch-{:05d}.npy"
 BATCH_LOSSES = "losses-{:05d}.json"
 SHARD_BYTES = "shard-{:05d}.msgpack"
 DISTANCES = "shard-{:05d}-epoch-{:05d}.npy"
+MASSES = "shard-{:05d}.npy"
 
-STORED_ONLY = ("epochs", "coding", "distance_levels", "block_epochs")
-"""Record settings that decide what is stored of the distances, not what they are."""
+STORED_ONLY = ("epochs", "coding", "distance_levels", "block_epochs", "priors")
+"""Record settings that decide what is stored of the teacher's answers, not what they are."""
+PRIOR_EPOCHS = 16
+"""Drawn epochs over which an image's prior is averaged, however many are stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,7 @@ class Job:
     refinement: Stage
     encoding: Stage
     relabeling: Stage
+    priors: Stage
     writing: Stage
 
     @property
@@ -144,6 +148,7 @@ class Job:
         return RecordLayout(
             images=images,
             pairs=images,
+            classes=self.num_classes,
             size=self.source.size,
             cycle=records.cycle,
             mix_group=records.mix_group,
@@ -154,6 +159,7 @@ class Job:
             views=self.codebooks.views,
             mixes=self.codebooks.mix_table(self.source.size),
             levels=self.codebooks.distances,
+            priors=records.priors,
         )
 
 
@@ -230,6 +236,7 @@ def _stages(
     images = refinement.key if given is None else f"{given.sha256} {config.image_quality}"
     encoding = Stage(work, "encoding", asdict(settings.encoding), images)
     relabeling = Stage(work, "relabeling", drawn | labels | seed, encoding.key)
+    priors = Stage(work, "priors", drawn | labels | seed | {"epochs": PRIOR_EPOCHS}, encoding.key)
     stored = {
         "records": asdict(settings.records),
         "class_names": list(source.class_names),
@@ -243,5 +250,6 @@ def _stages(
         "refinement": refinement,
         "encoding": encoding,
         "relabeling": relabeling,
+        "priors": priors,
         "writing": Stage(work, "writing", stored, relabeling.key),
     }

@@ -1,4 +1,4 @@
-"""The build from end to end: scan, discover, refine, encode, relabel, write.
+"""The build from end to end: scan, discover, refine, encode, relabel, find priors, write.
 
 Every stage is a loop over units that the configuration fixes (classes, batches, shards, epochs of a shard). A unit's
 result appears in the work folder by rename and is skipped when it is there; ranks take every world_size-th unit and
@@ -29,6 +29,8 @@ from builders.job import (
     CLASS_ARRAY,
     CLASS_JSON,
     DISTANCES,
+    MASSES,
+    PRIOR_EPOCHS,
     SHARD_BYTES,
     Job,
     prepare,
@@ -38,7 +40,7 @@ from builders.prefetch import reading_threads
 from builders.progress import Progress
 from builders.ranks import joined_ranks
 from builders.refinement import refine_batch
-from builders.relabel import relabel_epoch
+from builders.relabel import prior_masses, relabel_epoch
 from builders.scan import usable_images
 from builders.teacher import PREFLIGHT_IMAGES, mixed_up_classes, predict, preflight
 from builders.workdir import Stage
@@ -76,6 +78,7 @@ def build(config: BuildConfig) -> Path:
             write_build_log(job, [])
         encode(job)
         relabel(job)
+        find_priors(job)
         assemble(job, top1)
     ranks.say(f"{config.out}: finished")
     return config.out
@@ -252,6 +255,25 @@ def relabel(job: Job) -> None:
             std=job.std,
         )
         job.relabeling.save_array(DISTANCES.format(shard, epoch), distances)
+    job.ranks.meet()
+
+
+def find_priors(job: Job) -> None:
+    """What the teacher sees in every image of every shard beside the image's class."""
+    if job.settings.records.priors is None:
+        return
+    for shard in _units(job, job.priors, MASSES, range(len(job.shards)), "priors", "shard"):
+        layout = job.layout(shard)
+        masses = prior_masses(
+            _decode(job, shard),
+            job.labels[job.shards[shard]],
+            [draw_pairs(layout, shard, epoch) for epoch in range(PRIOR_EPOCHS)],
+            model=job.teacher.model,
+            temperature=job.settings.records.temperature,
+            mean=job.eyes.mean,
+            std=job.eyes.std,
+        )
+        job.priors.save_array(MASSES.format(shard), masses)
     job.ranks.meet()
 
 

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nrrdd_format.replay import PairTensors, replay
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassDistances:
+    """Some classes of each of B rows and their distances."""
+
+    classes: Tensor
+    """(B, k) int64."""
+    distances: Tensor
+    """(B, k) float32 nats, -log p."""
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ClassDistances:
+        """The same on another device."""
+        return ClassDistances(**_each(self, lambda value: value.to(device, non_blocking=non_blocking)))
+
+    def pin_memory(self) -> ClassDistances:
+        """The same in page-locked memory."""
+        return ClassDistances(**_each(self, lambda value: value.pin_memory()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +46,21 @@ class DBRBatch:
     """(B,) float32 nats, the teacher's -log p[y_i]."""
     distance_aug: Tensor
     """(B,) float32 nats, the teacher's -log p[y_j]."""
+    prior_org: ClassDistances | None = None
+    """The image's prior: what the teacher sees in it beside y_i; None where the dataset stores none."""
+    prior_aug: ClassDistances | None = None
+    """The same of the image that is mixed in, beside y_j."""
 
     def __len__(self) -> int:
         return len(self.lam)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> DBRBatch:
         """The same on another device."""
-        return DBRBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)})
+        return DBRBatch(**_each(self, lambda value: value.to(device, non_blocking=non_blocking)))
 
     def pin_memory(self) -> DBRBatch:
         """The same in page-locked memory."""
-        return DBRBatch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+        return DBRBatch(**_each(self, lambda value: value.pin_memory()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +72,16 @@ class PlannedBatch:
     label_aug: Tensor
     distance_org: Tensor
     distance_aug: Tensor
+    prior_org: ClassDistances | None = None
+    prior_aug: ClassDistances | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PlannedBatch:
         """The same on another device."""
-        return PlannedBatch(
-            **{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}
-        )
+        return PlannedBatch(**_each(self, lambda value: value.to(device, non_blocking=non_blocking)))
 
     def pin_memory(self) -> PlannedBatch:
         """The same in page-locked memory."""
-        return PlannedBatch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+        return PlannedBatch(**_each(self, lambda value: value.pin_memory()))
 
     def replayed(self, *, mean: Sequence[float], std: Sequence[float]) -> DBRBatch:
         """The finished batch, made on the device where this one lies."""
@@ -69,4 +92,12 @@ class PlannedBatch:
             lam=self.pairs.lam,
             distance_org=self.distance_org,
             distance_aug=self.distance_aug,
+            prior_org=self.prior_org,
+            prior_aug=self.prior_aug,
         )
+
+
+def _each(parts: DBRBatch | PlannedBatch | ClassDistances, change: Callable[[Any], Any]) -> dict[str, Any]:
+    """Every field changed; what is None stays so."""
+    values = {f.name: getattr(parts, f.name) for f in fields(parts)}
+    return {name: None if value is None else change(value) for name, value in values.items()}

@@ -15,13 +15,14 @@ import ctypes
 import weakref
 from collections import deque
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loaders.batch import DBRBatch, PlannedBatch
+from loaders.batch import ClassDistances, DBRBatch, PlannedBatch
 from nrrdd_format.replay import BatchPlan
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -94,6 +95,10 @@ def room(memory: Tensor, slot: int, pixels: Pixels) -> Tensor:
     return flat.view(pixels.count, pixels.size, pixels.size, 3).permute(0, 3, 1, 2)
 
 
+PackedDistances: TypeAlias = tuple[NDArray[np.int64], NDArray[np.float32]]
+"""Classes and distances of `ClassDistances`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parcel:
     """A batch on its way, its images still to be replayed (the plan's U) or finished (B)."""
@@ -104,6 +109,8 @@ class Parcel:
     label_aug: NDArray[np.int64]
     distance_org: NDArray[np.float32]
     distance_aug: NDArray[np.float32]
+    prior_org: PackedDistances | None
+    prior_aug: PackedDistances | None
     images: Tensor | Pixels
     """(U or B, 3, S, S), channels last; `Pixels`: they lie in the slot reserved for this batch."""
 
@@ -115,15 +122,23 @@ class Parcel:
         """The batch, its images those in its slot if they are not in the parcel."""
         images = self.images if isinstance(self.images, Tensor) else in_slot
         assert images is not None
-        known = {
+        known: dict[str, Any] = {
             "label_org": torch.from_numpy(self.label_org),
             "label_aug": torch.from_numpy(self.label_aug),
             "distance_org": torch.from_numpy(self.distance_org),
             "distance_aug": torch.from_numpy(self.distance_aug),
+            "prior_org": _unpacked(self.prior_org),
+            "prior_aug": _unpacked(self.prior_aug),
         }
         if self.finished:
             return DBRBatch(images=images, lam=torch.from_numpy(self.plan.lam), **known)
         return PlannedBatch(pairs=self.plan.with_images(images), **known)
+
+
+def _unpacked(packed: PackedDistances | None) -> ClassDistances | None:
+    if packed is None:
+        return None
+    return ClassDistances(classes=torch.from_numpy(packed[0]), distances=torch.from_numpy(packed[1]))
 
 
 def keep_freed_memory(_: int) -> None:

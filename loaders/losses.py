@@ -14,8 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loaders.batch import DBRBatch
+from loaders.batch import ClassDistances, DBRBatch
 from nrrdd_format.errors import ConfigError
+
+PRIOR_FLOOR = 1e-4
+"""The least share of a class in the mixed prior of a pair, before normalisation."""
 
 Sce = Literal["sample", "batch", "target", "entropy"]
 Distance = Literal["l1", "huber", "squared"]
@@ -143,6 +146,64 @@ class CompactLoss(nn.Module):
         distances = torch.stack([_distance(log_p, batch.label_org), _distance(log_p, batch.label_aug)])
         # With one class both shares fall on the same distance and sum to one, so it counts once.
         return (shares * distances).sum(0).mean()
+
+
+class CompletedDBRLoss(nn.Module):
+    """KL divergence from the completed labels (`completed_labels`): the stored distances and the images' priors.
+
+    Args:
+        temperature: softmax temperature of the student; must be the teacher's
+            (`DBRLoader.dataset_info.temperature`).
+    """
+
+    def __init__(self, *, temperature: float = 1.0) -> None:
+        super().__init__()
+        _require(temperature > 0, f"temperature: found {temperature}, expected more than 0")
+        self.temperature = temperature
+
+    def forward(self, logits: Tensor, batch: DBRBatch) -> Tensor:
+        """The loss of logits (B, C): a float32 scalar."""
+        _check_sizes(logits, batch)
+        log_p = _log_softmax(logits, self.temperature)
+        return F.kl_div(log_p, completed_labels(batch, logits.shape[1]).to(log_p.dtype), reduction="batchmean")
+
+
+def completed_labels(batch: DBRBatch, classes: int) -> Tensor:
+    """The teacher's prediction as far as the dataset tells: rows (B, C) that sum to one, float32 at least.
+
+    The pair's two classes have the probabilities p = exp(-d) that the distances state, divided by max(1, p_i + p_j).
+    What is left goes to the other classes like lam * prior_org + (1 - lam) * prior_aug, no class less than
+    PRIOR_FLOOR before normalisation; evenly where the dataset stores no priors.
+    """
+    same = _same_class(batch)
+    known = batch.distance_org.new_zeros(len(batch), classes)
+    known = known.scatter(1, batch.label_org[:, None], batch.distance_org.neg().exp()[:, None])
+    aug = torch.where(same, batch.distance_org, batch.distance_aug)
+    known = known.scatter(1, batch.label_aug[:, None], aug.neg().exp()[:, None])
+    others = _mixed_prior(batch, classes)
+    for labels in (batch.label_org, batch.label_aug):
+        others = others.scatter(1, labels[:, None], 0.0)
+    total, spread = known.sum(1, keepdim=True), others.sum(1, keepdim=True)
+    # With no class to take the rest, what the rounding of distances left out is shared in proportion.
+    known = known / torch.where(spread > 0, total.clamp_min(1), total)
+    rest = (1 - known.sum(1, keepdim=True)).clamp_min(0)
+    return known + rest * others / torch.where(spread > 0, spread, 1.0)
+
+
+def _mixed_prior(batch: DBRBatch, classes: int) -> Tensor:
+    """lam * prior_org + (1 - lam) * prior_aug, each class at least PRIOR_FLOOR: (B, C)."""
+    if batch.prior_org is None or batch.prior_aug is None:
+        return batch.lam.new_ones(len(batch), classes)
+    org, aug = _dense_prior(batch.prior_org, classes), _dense_prior(batch.prior_aug, classes)
+    return torch.lerp(aug, org, batch.lam[:, None]).clamp_min(PRIOR_FLOOR)
+
+
+def _dense_prior(prior: ClassDistances, classes: int) -> Tensor:
+    """Probabilities of all classes (B, C) from those listed; the rest of 1 goes evenly to the others but the own."""
+    listed = prior.distances.neg().exp()
+    others = max(classes - 1 - listed.shape[1], 1)
+    left = (1 - listed.sum(1, keepdim=True)).clamp_min(0) / others
+    return left.expand(-1, classes).scatter(1, prior.classes, listed)
 
 
 class SoftLoss(nn.Module):

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from loaders.batch import DBRBatch, PlannedBatch
 from loaders.cache import ShardCache
-from loaders.delivery import Parcel, Pixels, room
+from loaders.delivery import PackedDistances, Parcel, Pixels, room
 from loaders.order import EpochOrder, ShardPairs, stored_epoch
 from nrrdd_format.dataset import DistilledDataset
 from nrrdd_format.errors import FormatError, NrrddError
@@ -109,7 +109,21 @@ class BatchReader(Dataset[Reading]):
             label_aug=np.concatenate([of[part.index_aug] for of, part in zip(labels, records, strict=True)]),
             distance_org=np.concatenate([part.distance_org for part in records]),
             distance_aug=np.concatenate([part.distance_aug for part in records]),
+            prior_org=self._priors((shard, part.index_org) for shard, part in parts),
+            prior_aug=self._priors((shard, part.index_aug) for shard, part in parts),
             images=self._images(plan, slot),
+        )
+
+    def _priors(self, images: Iterable[tuple[int, NDArray[np.int64]]]) -> PackedDistances | None:
+        """The priors of images, given as runs in one shard each; None where the dataset stores none."""
+        table = self._dataset.manifest.codebooks.distances
+        found = [(self._dataset.shards[shard].priors, index) for shard, index in images]
+        parts = [priors.take(index) for priors, index in found if priors is not None]
+        if not parts:
+            return None
+        return (
+            np.concatenate([part.classes for part in parts]),
+            np.concatenate([part.distances(table) for part in parts]),
         )
 
     def _images(self, plan: BatchPlan, slot: int | None) -> Tensor | Pixels:

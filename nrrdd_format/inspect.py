@@ -130,6 +130,7 @@ def _summary(m: Manifest) -> dict[str, Any]:
         "block_epochs": m.records.block_epochs,
         "mix": m.records.mix,
         "temperature": m.records.temperature,
+        "priors": m.records.priors,
         "codebooks": {
             "views": None if m.codebooks.views is None else len(m.codebooks.views),
             "mixes": None if m.codebooks.mixes is None else len(m.codebooks.mixes),

@@ -27,16 +27,19 @@ from nrrdd_format.limits import (
     MAX_MANIFEST_BYTES,
     MAX_MEMBER_BYTES,
     MAX_MIXES,
+    MAX_PRIORS,
     MAX_SHARD_BYTES,
     MAX_SHARDS,
     MAX_VIEWS,
 )
 from nrrdd_format.pairs import Coding, RecordLayout
 from nrrdd_format.shards import ShardEntry, shard_number
+from nrrdd_format.versions import Version, check_version, needed_version
 
 MANIFEST_NAME = "dataset.json"
 FORMAT = "nrrdd"
-VERSION = (1, 0)
+NORMAL_VERSION = [1, 0]
+"""Stands in the dataset id, whatever version the manifest states."""
 CODEC_EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 Codec = Literal["jpeg", "png", "webp"]
 _SHOWN_PROBLEMS = 10
@@ -78,6 +81,7 @@ class RecordsInfo:
     seed: int
     mix: MixKind = "cutmix"
     temperature: float = 1.0  # of the softmax behind the distances
+    priors: int | None = None  # classes in each image's prior; None: there are none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +114,7 @@ class Manifest:
         return RecordLayout(
             images=images,
             pairs=images if pairs is None else pairs,
+            classes=len(self.dataset.class_names),
             size=self.images.size,
             cycle=self.records.cycle,
             mix_group=self.records.mix_group,
@@ -120,22 +125,29 @@ class Manifest:
             views=self.codebooks.views,
             mixes=self.codebooks.mix_table(self.images.size),
             levels=self.codebooks.distances,
+            priors=self.records.priors,
         )
+
+    @property
+    def version(self) -> Version:
+        """The format version that a reader has to know to read this dataset."""
+        return needed_version(priors=self.records.priors)
 
     @property
     def dataset_id(self) -> str:
         """SHA-256 in hex of the canonical JSON: equal for equal content, whatever the file's layout."""
-        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        content = {**self.to_json(), "version": NORMAL_VERSION}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode("ascii")).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain JSON values, keys in file order."""
         return {
             "format": FORMAT,
-            "version": list(VERSION),
+            "version": list(self.version),
             "dataset": asdict(self.dataset),
             "images": asdict(self.images),
-            "records": asdict(self.records),
+            "records": _without_absent(asdict(self.records)),
             "codebooks": {
                 "views": None if self.codebooks.views is None else self.codebooks.views.tolist(),
                 "mixes": None if self.codebooks.mixes is None else list(self.codebooks.mixes),
@@ -159,7 +171,7 @@ class Manifest:
         if len(data) > MAX_MANIFEST_BYTES:
             raise FormatError(f"{len(data)} bytes, expected at most {MAX_MANIFEST_BYTES}")
         content = parse_json(data)
-        _check_version(content)
+        _check_format(content)
         problems: list[str] = []
         manifest = _read(Fields(content, "", problems))
         if not problems:
@@ -194,6 +206,11 @@ def manifest_path(dataset: str | os.PathLike[str]) -> Path:
     return path if path.name == MANIFEST_NAME else path / MANIFEST_NAME
 
 
+def _without_absent(records: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out what versions after 1.0 brought where a dataset has none of it, so that it is written as before."""
+    return {key: value for key, value in records.items() if key != "priors" or value is not None}
+
+
 def _line(value: object) -> str:
     return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
@@ -203,16 +220,11 @@ def _summary(problems: Sequence[str]) -> str:
     return "; ".join([*problems[:_SHOWN_PROBLEMS], *more])
 
 
-def _check_version(content: dict[str, Any]) -> None:
+def _check_format(content: dict[str, Any]) -> None:
     """Refuse other formats and major versions before looking at anything else, since the rest may differ."""
     if content.get("format") != FORMAT:
         raise FormatError(f"format is {shown(content.get('format'))}, expected {FORMAT!r}")
-    version = content.get("version")
-    if not isinstance(version, list) or len(version) != 2 or not all(type(v) is int and v >= 0 for v in version):
-        raise FormatError(f"version is {shown(version)}, expected [major, minor]")
-    if version[0] != VERSION[0]:
-        found = f"{version[0]}.{version[1]}"
-        raise FormatError(f"version is {found}, this reader knows {VERSION[0]}.x: use a newer nrrdd to read it")
+    check_version(content.get("version"))
 
 
 def _read(top: Fields) -> Manifest:
@@ -262,6 +274,7 @@ def _records(f: Fields) -> RecordsInfo:
         seed=f.integer("seed", 0, 2**63 - 1),
         mix=cast(MixKind, f.choice("mix", ("cutmix", "mixup", "both"))),
         temperature=f.number("temperature", 1e-3, 1e3),
+        priors=f.optional("priors", lambda key: f.integer(key, 1, MAX_CLASSES - 1)),
     )
 
 
@@ -318,7 +331,7 @@ def _shard(f: Fields) -> ShardEntry:
 
 def _cross_checks(manifest: Manifest) -> list[str]:
     """Rules that join several values; run only when each value is well-formed by itself."""
-    problems = _shard_problems(manifest) + _codebook_problems(manifest)
+    problems = _shard_problems(manifest) + _codebook_problems(manifest) + _prior_problems(manifest)
     total = sum(s.images for s in manifest.shards)
     if manifest.images.count != total:
         problems.append(f"images.count is {manifest.images.count}, the shards hold {total}")
@@ -339,6 +352,20 @@ def _codebook_problems(manifest: Manifest) -> list[str]:
         f"{manifest.records.coding} coding"
         for name, table in tables.items()
         if (table is None) != verbatim
+    ]
+
+
+def _prior_problems(manifest: Manifest) -> list[str]:
+    """A prior names other classes than its image's, and those of a shard are bounded."""
+    count, classes = manifest.records.priors, len(manifest.dataset.class_names)
+    if count is None:
+        return []
+    if count >= classes:
+        return [f"records.priors is {count}, expected less than {classes}, the number of classes"]
+    return [
+        f"shards[{i}].images is {shard.images}, expected at most {MAX_PRIORS // count} with records.priors {count}"
+        for i, shard in enumerate(manifest.shards)
+        if shard.images * count > MAX_PRIORS
     ]
 
 

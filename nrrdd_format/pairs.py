@@ -22,6 +22,7 @@ from nrrdd_format.limits import (
     MAX_IMAGES,
     MAX_LEVELS,
     MAX_MIXES,
+    MAX_PRIORS,
     MAX_VIEWS,
 )
 
@@ -34,6 +35,7 @@ class RecordLayout:
 
     images: int  # n, images in the shard
     pairs: int  # P, pairs an epoch; n, or less with verbatim coding
+    classes: int  # C, classes of the dataset
     size: int  # S
     cycle: int  # g, images that are only each other's partners
     mix_group: int  # consecutive pairs that share one mix
@@ -44,6 +46,7 @@ class RecordLayout:
     views: NDArray[np.int16] | None  # (V, 4); None with verbatim coding
     mixes: MixTable | None  # M entries; None with verbatim coding
     levels: NDArray[np.float32]  # (L,) distances in nats
+    priors: int | None = None  # k, classes in each image's prior; None: there are none
 
     def __post_init__(self) -> None:
         most = MAX_IMAGES if self.coding == "verbatim" else MAX_DRAWN_IMAGES
@@ -55,10 +58,24 @@ class RecordLayout:
         _require(1 <= self.mix_group <= MAX_IMAGES, f"mix_group {self.mix_group}: expected 1..{MAX_IMAGES}")
         _require(1 <= self.block_epochs <= MAX_EPOCHS, f"block_epochs {self.block_epochs}: expected 1..{MAX_EPOCHS}")
         _require(1 <= len(self.levels) <= MAX_LEVELS, f"{len(self.levels)} levels: expected 1..{MAX_LEVELS}")
+        self._check_priors()
         if self.coding == "verbatim":
             self._check_verbatim()
         else:
             self._check_drawn()
+
+    def _check_priors(self) -> None:
+        if self.priors is None:
+            return
+        _require(
+            1 <= self.priors < self.classes,
+            f"priors of {self.priors} classes: expected 1..{self.classes - 1}, the others of {self.classes}",
+        )
+        _require(
+            self.images * self.priors <= MAX_PRIORS,
+            f"{self.images} images in a shard with priors of {self.priors} classes: expected at most {MAX_PRIORS} in "
+            "all; store fewer classes or put fewer images in a shard",
+        )
 
     def _check_verbatim(self) -> None:
         _require(2 <= self.pairs <= self.images, f"{self.pairs} pairs for {self.images} images: expected 2..n")

@@ -22,6 +22,7 @@ from nrrdd_format.errors import ConfigError
 from nrrdd_format.limits import MAX_DRAWN_IMAGES, MAX_IMAGES
 from nrrdd_format.manifest import CODEC_EXTENSIONS, MANIFEST_NAME, Manifest, manifest_path
 from nrrdd_format.pairs import PairRecords, cycle_bounds
+from nrrdd_format.priors import Priors
 from nrrdd_format.records import encode_shard_records
 from nrrdd_format.shards import ShardEntry, ShardReader, shard_number, write_shard
 
@@ -132,7 +133,13 @@ def _join(source: Path, before: Manifest, after: Manifest, group: range, folder:
         blocks=encode_shard_records(_joined_epochs(readers), layout, shard),
         epochs=epochs,
         layout=layout,
+        priors=_joined_priors(readers),
     )
+
+
+def _joined_priors(readers: Sequence[ShardReader]) -> Priors | None:
+    parts = [reader.priors for reader in readers]
+    return None if None in parts else Priors.concatenate([part for part in parts if part is not None])
 
 
 def _joined_epochs(readers: Sequence[ShardReader]) -> Iterator[PairRecords]:

@@ -21,9 +21,12 @@ from nrrdd_format.limits import (
     MAX_MEMBER_BYTES,
     MAX_SHARDS,
 )
+from nrrdd_format.pairs import RecordLayout
+from nrrdd_format.priors import Priors
+from nrrdd_format.records import block_count, max_block_bytes
+from nrrdd_format.versions import Version, check_version
 
 FORMAT = "nrrdd-shard"
-VERSION = (1, 0)
 HEADER_NAME = "__nrrdd__/header"
 RECORDS_NAME = "__nrrdd__/records"
 EXTENSIONS = ("jpg", "png", "webp")
@@ -52,10 +55,10 @@ class ShardHeader:
         """n, the number of image members."""
         return len(self.members) - 1
 
-    def pack(self) -> bytes:
-        """The content of the header member."""
+    def pack(self, version: Version) -> bytes:
+        """The content of the header member, for readers of this version and later ones."""
         rows = [[m.name, m.size, m.crc32] for m in self.members]
-        content = {"format": FORMAT, "version": list(VERSION), "shard": self.shard, "epochs": self.epochs}
+        content = {"format": FORMAT, "version": list(version), "shard": self.shard, "epochs": self.epochs}
         return pack_frame({**content, "members": rows})
 
     @classmethod
@@ -64,7 +67,7 @@ class ShardHeader:
         content = unpack_frame(data)
         if content.get("format") != FORMAT:
             raise FormatError(f"format is {shown(content.get('format'))}, expected {FORMAT!r}")
-        _check_version(content.get("version"))
+        check_version(content.get("version"))
         rows = _list(content, "members", 3, MAX_IMAGES + 1)
         images = _check_images(tuple(map(_image_member, rows[:-1])))
         return cls(
@@ -81,27 +84,32 @@ class ShardHeader:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordsHead:
-    """The block table in front of the record blocks."""
+    """What stands in front of the record blocks: their table, and the priors of the shard's images."""
 
     epochs: int
     pairs: int
     blocks: tuple[int, ...]  # bytes of each block
     crcs: tuple[int, ...]
+    priors: Priors | None = None
 
     def pack(self) -> bytes:
         """The bytes in front of the first block."""
         content = {"epochs": self.epochs, "pairs": self.pairs}
-        return pack_frame({**content, "blocks": list(self.blocks), "crcs": list(self.crcs)})
+        priors = {} if self.priors is None else self.priors.pack()
+        return pack_frame({**content, "blocks": list(self.blocks), "crcs": list(self.crcs), **priors})
 
     @classmethod
-    def parse(cls, data: bytes, *, epochs: int, pairs: int, blocks: int, max_block: int) -> RecordsHead:
+    def parse(cls, data: bytes, layout: RecordLayout, *, epochs: int) -> RecordsHead:
         """Check and read the head against what the shard header and the layout promise."""
         content = unpack_frame(data)
+        pairs, blocks, max_block = layout.pairs, block_count(layout, epochs), max_block_bytes(layout)
         bounded(content.get("epochs"), "epochs", epochs, epochs)
         bounded(content.get("pairs"), "pairs", pairs, pairs)
         sizes = [bounded(b, "block size", 1, max_block) for b in _list(content, "blocks", blocks, blocks)]
         crcs = [bounded(c, "block crc32", 0, 2**32 - 1) for c in _list(content, "crcs", blocks, blocks)]
-        return cls(epochs=epochs, pairs=pairs, blocks=tuple(sizes), crcs=tuple(crcs))
+        return cls(
+            epochs=epochs, pairs=pairs, blocks=tuple(sizes), crcs=tuple(crcs), priors=_read_priors(content, layout)
+        )
 
 
 def image_name(index: int, label: int, extension: str) -> str:
@@ -117,20 +125,20 @@ def parse_image_name(name: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def _read_priors(content: dict[str, Any], layout: RecordLayout) -> Priors | None:
+    if layout.priors is None:
+        return None
+    return Priors.unpack(
+        content, images=layout.images, count=layout.priors, classes=layout.classes, levels=len(layout.levels)
+    )
+
+
 def bounded(value: object, name: str, low: int, high: int) -> int:
     """`value` if it is an integer in [low, high]; FormatError otherwise."""
     if type(value) is not int or not low <= value <= high:
         expected = str(low) if low == high else f"{low}..{high}"
         raise FormatError(f"{name} is {shown(value)}, expected {expected}")
     return value
-
-
-def _check_version(version: object) -> None:
-    if not isinstance(version, list) or len(version) != 2 or not all(type(v) is int and v >= 0 for v in version):
-        raise FormatError(f"version is {shown(version)}, expected [major, minor]")
-    if version[0] != VERSION[0]:
-        found = f"{version[0]}.{version[1]}"
-        raise FormatError(f"version is {found}, this reader knows {VERSION[0]}.x: use a newer nrrdd to read it")
 
 
 def _list(content: dict[str, Any], key: str, low: int, high: int) -> list[Any]:

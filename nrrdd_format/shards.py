@@ -22,6 +22,7 @@ from nrrdd_format.frames import PREFIX, payload_length
 from nrrdd_format.limits import MAX_EPOCHS, MAX_IMAGE_BYTES, MAX_SHARDS
 from nrrdd_format.pairs import PairRecords, RecordLayout
 from nrrdd_format.pread import PositionedFile
+from nrrdd_format.priors import Priors
 from nrrdd_format.records import block_count, max_block_bytes, open_block
 from nrrdd_format.shard_header import (
     EXTENSIONS,
@@ -33,6 +34,7 @@ from nrrdd_format.shard_header import (
     image_name,
     parse_image_name,
 )
+from nrrdd_format.versions import needed_version
 
 _SHARD_NAME = re.compile(r"shard-([0-9]{5})\.tar")
 _CHUNK = 2**20
@@ -90,20 +92,29 @@ def write_shard(
     blocks: Sequence[bytes],
     epochs: int,
     layout: RecordLayout,
+    priors: Priors | None = None,
 ) -> ShardEntry:
-    """Write one shard: `images` in the order the records number them, `blocks` as of `encode_shard_records`.
+    """Write one shard: `images` and, where the layout has them, `priors` in the order the records number the images.
+
+    `blocks` are those of `encode_shard_records`.
 
     The file appears whole or not at all. Raises ConfigError for content the format cannot hold, OutputError
     where the file cannot be written.
     """
     _check_content(shard, images, extension, blocks, epochs, layout)
+    _check_priors(shard, images, layout, priors)
     head = RecordsHead(
-        epochs=epochs, pairs=layout.pairs, blocks=tuple(map(len, blocks)), crcs=tuple(map(zlib.crc32, blocks))
+        epochs=epochs,
+        pairs=layout.pairs,
+        blocks=tuple(map(len, blocks)),
+        crcs=tuple(map(zlib.crc32, blocks)),
+        priors=priors,
     )
     records = [head.pack(), *blocks]
     members = [_member(image_name(i.index, i.label, extension), [i.data]) for i in images]
     members.append(_member(RECORDS_NAME, records))
-    header = ShardHeader(shard=shard, epochs=epochs, members=tuple(members)).pack()
+    version = needed_version(priors=layout.priors)
+    header = ShardHeader(shard=shard, epochs=epochs, members=tuple(members)).pack(version)
     with atomic_write(Path(path)) as file:
         _write_member(file, HEADER_NAME, [header])
         for member, image in zip(members, images, strict=False):
@@ -142,6 +153,14 @@ def _check_content(
             1 <= size <= MAX_IMAGE_BYTES,
             f"image {image.index}: {size} bytes encoded, expected 1..{MAX_IMAGE_BYTES}",
         )
+
+
+def _check_priors(shard: int, images: Sequence[EncodedImage], layout: RecordLayout, priors: Priors | None) -> None:
+    found = None if priors is None else priors.classes.shape
+    expected = None if layout.priors is None else (layout.images, layout.priors)
+    _require(found == expected, f"shard {shard}: priors of shape {found}, expected {expected}")
+    if priors is not None:
+        priors.check_labels(np.array([image.label for image in images]))
 
 
 def _member(name: str, parts: Sequence[bytes]) -> Member:
@@ -213,6 +232,11 @@ class ShardReader:
     def blocks(self) -> int:
         """Number of record blocks, whose table is read and checked."""
         return len(self._load_records_head()[0].blocks)
+
+    @property
+    def priors(self) -> Priors | None:
+        """What the teacher sees in each image beside its class; None where the dataset stores none."""
+        return self._load_records_head()[0].priors
 
     def records(self, epoch: int) -> PairRecords:
         """The pairs of one epoch, P of them."""
@@ -301,9 +325,9 @@ class ShardReader:
     def _read_records_head(self, start: int, size: int) -> RecordsHead:
         prefix = self._file.read(start, min(PREFIX.size, size), RECORDS_NAME)
         length = PREFIX.size + payload_length(prefix, size)
-        data, bound = self._file.read(start, length, RECORDS_NAME), max_block_bytes(self.layout)
-        count = block_count(self.layout, self.epochs)
-        head = RecordsHead.parse(data, epochs=self.epochs, pairs=self.layout.pairs, blocks=count, max_block=bound)
+        head = RecordsHead.parse(self._file.read(start, length, RECORDS_NAME), self.layout, epochs=self.epochs)
+        if head.priors is not None:
+            head.priors.check_labels(self.labels)
         if length + sum(head.blocks) != size:
             raise FormatError(f"head and blocks take {length + sum(head.blocks)} bytes, expected {size}")
         return head

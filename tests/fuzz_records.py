@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
 with atheris.instrument_imports(include=["nrrdd_format"]):
+    import numpy as np
     import zstandard
     from PIL import Image
     from tiny_dataset import tiny_images, tiny_manifest
@@ -35,6 +36,7 @@ with atheris.instrument_imports(include=["nrrdd_format"]):
     from nrrdd_format.image_file import check_image
     from nrrdd_format.manifest import Codec, Manifest
     from nrrdd_format.pairs import Coding, PairRecords, RecordLayout
+    from nrrdd_format.priors import Priors
     from nrrdd_format.records import content_bytes, encode_block, open_block
     from nrrdd_format.shard_header import RECORDS_NAME, Member, RecordsHead, ShardHeader
 
@@ -47,6 +49,7 @@ def layout_of(coding: Coding) -> RecordLayout:
     return RecordLayout(
         images=IMAGES,
         pairs=IMAGES - 1 if verbatim else IMAGES,
+        classes=4,
         size=SIZE,
         cycle=2,
         mix_group=2,
@@ -57,6 +60,7 @@ def layout_of(coding: Coding) -> RecordLayout:
         views=None if verbatim else view_codebook(5, SIZE, (0.3, 1.0), count=6),
         mixes=None if verbatim else MixTable.from_entries(mix_codebook(5, SIZE, "both", count=5), SIZE),
         levels=distance_levels(20 if coding == "derived" else 12),
+        priors=2 if coding == "explicit" else None,
     )
 
 
@@ -100,7 +104,7 @@ TARGETS: list[Callable[[bytes], object]] = [
     unpack_frame,
     partial(in_frame, unpack_frame),
     partial(in_frame, ShardHeader.parse),
-    partial(in_frame, partial(RecordsHead.parse, epochs=EPOCHS, pairs=IMAGES, blocks=2, max_block=600)),
+    partial(in_frame, partial(RecordsHead.parse, layout=LAYOUTS[0], epochs=EPOCHS)),
     *(partial(read_block, layout) for layout in LAYOUTS),
     *(partial(read_content, layout) for layout in LAYOUTS),
     *(partial(check_image, codec=codec, size=SIZE) for codec in get_args(Codec)),
@@ -125,8 +129,9 @@ def good_inputs() -> Iterator[bytes]:
     """Inputs that are read without complaint."""
     member = Member(name=RECORDS_NAME, size=100, crc32=1)
     images = tuple(Member(name=f"{i:07d}_c00000.png", size=90, crc32=i) for i in range(IMAGES))
-    header = ShardHeader(shard=0, epochs=EPOCHS, members=(*images, member)).pack()
-    head = RecordsHead(epochs=EPOCHS, pairs=IMAGES, blocks=(20, 10), crcs=(1, 2)).pack()
+    header = ShardHeader(shard=0, epochs=EPOCHS, members=(*images, member)).pack((1, 1))
+    priors = Priors(classes=np.tile([1, 3], (IMAGES, 1)), levels=np.zeros((IMAGES, 2), np.uint8))
+    head = RecordsHead(epochs=EPOCHS, pairs=IMAGES, blocks=(20, 10), crcs=(1, 2), priors=priors).pack()
     yield tiny_manifest().encode()
     yield header
     yield from map(content_of, (header, header, head))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
+from loaders import ClassDistances, DBRBatch
 from nrrdd_format import draws
 from nrrdd_format.codebooks import Codebooks, MixKind, distance_levels, mix_codebook, view_codebook
 from nrrdd_format.manifest import (
@@ -21,6 +25,7 @@ from nrrdd_format.manifest import (
     TeacherInfo,
 )
 from nrrdd_format.pairs import Coding, PairRecords, RecordLayout, draw_pairs
+from nrrdd_format.priors import choose_priors
 from nrrdd_format.records import encode_shard_records
 from nrrdd_format.shards import EncodedImage, ShardEntry, shard_name, write_shard
 
@@ -41,6 +46,7 @@ def make_tiny_dataset(
     codec: Codec = "png",
     flip: bool = True,
     seed: int = 0,
+    priors: int | None = None,
 ) -> Path:
     """Writes a dataset of classes * ipc images into the new folder `path` and returns it.
 
@@ -68,6 +74,7 @@ def make_tiny_dataset(
             seed=seed,
             mix=mix,
             temperature=1.0,
+            priors=priors,
         ),
         codebooks=Codebooks(
             views=view_codebook(seed, size, (0.3, 1.0), count=32),
@@ -83,11 +90,34 @@ def make_tiny_dataset(
     return path
 
 
+def batch_columns(batch: DBRBatch) -> dict[str, Tensor]:
+    """All tensors of a batch by name, those of its priors as `prior_org.classes` and so on."""
+    found: dict[str, Tensor] = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        nested = {} if value is None else {"": value} if isinstance(value, Tensor) else vars(value)
+        found |= {f"{field.name}.{name}".rstrip("."): part for name, part in nested.items()}
+    return found
+
+
+def batch_of(columns: Mapping[str, Tensor]) -> DBRBatch:
+    """The batch with these columns."""
+    plain: dict[str, Any] = {name: column for name, column in columns.items() if "." not in name}
+    nested: dict[str, Any] = {
+        name: ClassDistances(classes=columns[f"{name}.classes"], distances=columns[f"{name}.distances"])
+        for name in {name.partition(".")[0] for name in columns if "." in name}
+    }
+    return DBRBatch(**plain, **nested)
+
+
 def _write(path: Path, manifest: Manifest, shard: int, indices: list[int]) -> ShardEntry:
     info = manifest.images
     classes, seed = len(manifest.dataset.class_names), manifest.records.seed
     layout = manifest.layout_for(len(indices))
     epochs = manifest.records.epochs
+    labels = np.array(indices) % classes
+    masses = draws.uniform(seed, "tiny-priors", shard, count=len(indices) * classes).reshape(-1, classes)
+    priors = manifest.records.priors
     blocks = encode_shard_records((_labelled(layout, seed, shard, epoch) for epoch in range(epochs)), layout, shard)
     return write_shard(
         path / shard_name(shard),
@@ -99,6 +129,7 @@ def _write(path: Path, manifest: Manifest, shard: int, indices: list[int]) -> Sh
         blocks=blocks,
         epochs=epochs,
         layout=layout,
+        priors=None if priors is None else choose_priors(masses, labels, priors, layout.levels),
     )
 
 

@@ -9,22 +9,24 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from make_dataset import make_tiny_dataset
+from make_dataset import batch_columns, batch_of, make_tiny_dataset
+from numpy.typing import NDArray
 from torch import Tensor
 
-from loaders import DBRBatch, DBRLoader, order, reading
+from loaders import ClassDistances, DBRBatch, DBRLoader, order, reading
 from loaders.order import EpochOrder, ShardPairs, stored_epoch
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.errors import ConfigError, FormatError
 from nrrdd_format.pairs import PairRecords
 from nrrdd_format.replay import decode_image, plan_batch, replay, stack_images
+from nrrdd_format.shards import ShardReader
 
 PAIRS = 12  # of an epoch of the dataset below
 EPOCHS = 3
@@ -32,12 +34,12 @@ EPOCHS = 3
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_dataset(tmp_path_factory.mktemp("loader") / "tiny", epochs=EPOCHS)
+    return make_tiny_dataset(tmp_path_factory.mktemp("loader") / "tiny", epochs=EPOCHS, priors=2)
 
 
 def key(batch: DBRBatch) -> tuple[bytes, ...]:
     """A batch as plain bytes, to compare exactly."""
-    return tuple(getattr(batch, field.name).numpy().tobytes() for field in fields(batch))
+    return tuple(column.numpy().tobytes() for column in batch_columns(batch).values())
 
 
 def epoch_keys(loader: DBRLoader) -> list[tuple[bytes, ...]]:
@@ -45,7 +47,8 @@ def epoch_keys(loader: DBRLoader) -> list[tuple[bytes, ...]]:
 
 
 def columns(batches: list[DBRBatch]) -> dict[str, Tensor]:
-    return {field.name: torch.cat([getattr(batch, field.name) for batch in batches]) for field in fields(DBRBatch)}
+    rows = [batch_columns(batch) for batch in batches]
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 def expected_epoch(path: Path, epoch: int) -> dict[str, Tensor]:
@@ -75,7 +78,16 @@ def single_pair(path: Path, shard: int, records: PairRecords) -> DBRBatch:
             lam=torch.from_numpy(records.lam),
             distance_org=torch.from_numpy(records.distance_org),
             distance_aug=torch.from_numpy(records.distance_aug),
+            prior_org=single_prior(reader, records.index_org),
+            prior_aug=single_prior(reader, records.index_aug),
         )
+
+
+def single_prior(reader: ShardReader, image: NDArray[np.int64]) -> ClassDistances:
+    assert reader.priors is not None
+    priors = reader.priors.take(image)
+    distances = torch.from_numpy(priors.distances(reader.layout.levels))
+    return ClassDistances(classes=torch.from_numpy(priors.classes), distances=distances)
 
 
 @pytest.mark.parametrize("epoch", range(EPOCHS))
@@ -95,13 +107,22 @@ def test_the_types_and_shapes_of_a_batch(dataset: Path) -> None:
     assert batch.images.dtype == batch.lam.dtype == torch.float32
     assert batch.distance_org.dtype == batch.distance_aug.dtype == torch.float32
     assert batch.label_org.dtype == batch.label_aug.dtype == torch.int64
+    for prior in (batch.prior_org, batch.prior_aug):
+        assert prior is not None
+        assert prior.classes.shape == prior.distances.shape == (5, 2)
+        assert (prior.classes.dtype, prior.distances.dtype) == (torch.int64, torch.float32)
+
+
+def test_a_dataset_without_priors_gives_batches_without(tmp_path: Path) -> None:
+    batch = next(iter(DBRLoader(make_tiny_dataset(tmp_path / "plain"), 5)))
+    assert batch.prior_org is None and batch.prior_aug is None
 
 
 def test_moving_a_batch_keeps_every_field(dataset: Path) -> None:
     batch = next(iter(DBRLoader(dataset, 5)))
     assert key(batch.to("cpu", non_blocking=True)) == key(batch)
     on_meta = batch.to("meta")
-    assert all(getattr(on_meta, field.name).device.type == "meta" for field in fields(on_meta))
+    assert all(column.device.type == "meta" for column in batch_columns(on_meta).values())
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -179,14 +200,14 @@ def global_batches(path: Path, world_size: int, num_workers: int, state: dict[st
         loader.load_state_dict({**loader.state_dict(), **state})
         parts.append(list(loader))
     return [
-        DBRBatch(**{name: column.contiguous() for name, column in columns(list(step)).items()})
+        batch_of({name: column.contiguous() for name, column in columns(list(step)).items()})
         for step in zip(*parts, strict=True)
     ]
 
 
 def tail_joined(batches: list[DBRBatch]) -> list[tuple[bytes, ...]]:
     """As keys; where a tail of less than a pair a rank is a batch of its own, joined to the one before."""
-    return [*map(key, batches[:3]), key(DBRBatch(**columns(batches[3:])))]
+    return [*map(key, batches[:3]), key(batch_of(columns(batches[3:])))]
 
 
 @pytest.mark.parametrize("num_workers", range(5))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -12,13 +12,25 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from loaders import CompactLoss, DBRBatch, DBRLoss, OneHotLoss, SoftLoss
-from loaders.losses import Distance, Sce
+from loaders import (
+    ClassDistances,
+    CompactLoss,
+    CompletedDBRLoss,
+    DBRBatch,
+    DBRLoss,
+    OneHotLoss,
+    SoftLoss,
+    completed_labels,
+)
+from loaders.losses import PRIOR_FLOOR, Distance, Sce
 from nrrdd_format.errors import ConfigError
 
 CLASSES = 5
+TENSORS = ("images", "label_org", "label_aug", "lam", "distance_org", "distance_aug")
 
 
 def make_batch(
@@ -40,6 +52,21 @@ BATCH = make_batch(
     [0.9, 0.25, 0.6, 0.5, 1.0],
     [(0.1, 2.5), (0.7, 0.9), (0.2, 0.2), (0.01, 0.02), (1.0, 4.0)],
 )
+PRIORS = [
+    [[(1, 0.3), (2, 1.9)], [(0, 1.0), (1, 1.0)], [(0, 0.0), (4, 0.0)], [(2, 0.7), (3, 12.0)], [(0, 0.4), (3, 2.0)]],
+    [[(0, 2.0), (4, 0.2)], [(0, 5.0), (2, 0.1)], [(1, 0.5), (2, 3.0)], [(3, 0.3), (4, 3.0)], [(1, 9.0), (3, 9.0)]],
+]
+"""(class, distance) of the priors of `org` and `aug`, two of each image."""
+
+
+def listed(rows: list[list[tuple[int, float]]]) -> ClassDistances:
+    return ClassDistances(
+        classes=torch.tensor([[label for label, _ in row] for row in rows]),
+        distances=torch.tensor([[distance for _, distance in row] for row in rows]),
+    )
+
+
+COMPLETED = replace(BATCH, prior_org=listed(PRIORS[0]), prior_aug=listed(PRIORS[1]))
 LOGITS = torch.randn(5, CLASSES, generator=torch.Generator().manual_seed(3)) * 2
 # The second pair is fitted well enough that its cross-entropy lies below the radius plus the labels' entropy.
 LOGITS[1] = torch.tensor([-4.0, -4.0, 1.0, -4.0, 2.0])
@@ -185,6 +212,88 @@ def test_the_entropy_bound_is_zero_at_the_best_fit() -> None:
     assert loss["sce"].item() == pytest.approx(0.0, abs=1e-6)
 
 
+def completed_row(batch: DBRBatch, pair: int, classes: int) -> list[float]:
+    """The completed label of a pair in plain Python."""
+    org, aug, lam, d_org, d_aug = pairs(batch)[pair]
+    known = {org: math.exp(-d_org)} | ({} if org == aug else {aug: math.exp(-d_aug)})
+    known = {label: p / max(1, sum(known.values())) for label, p in known.items()}
+    shares = {}
+    for label in set(range(classes)) - known.keys():
+        parts = []
+        for prior in (batch.prior_org, batch.prior_aug):
+            if prior is None:
+                parts.append(1.0)
+                continue
+            of = dict(zip(prior.classes[pair].tolist(), prior.distances[pair].tolist(), strict=True))
+            listed = {one: math.exp(-distance) for one, distance in of.items()}
+            left = max(0.0, 1 - sum(listed.values())) / (classes - 1 - len(listed))
+            parts.append(listed.get(label, left))
+        shares[label] = max(PRIOR_FLOOR, lam * parts[0] + (1 - lam) * parts[1])
+    rest = 1 - sum(known.values())
+    return [known[k] if k in known else rest * shares[k] / sum(shares.values()) for k in range(classes)]
+
+
+@pytest.mark.parametrize("batch", [COMPLETED, BATCH])
+def test_completed_labels(batch: DBRBatch) -> None:
+    labels = completed_labels(batch, CLASSES)
+    expected = [completed_row(batch, pair, CLASSES) for pair in range(len(batch))]
+    torch.testing.assert_close(labels, torch.tensor(expected), rtol=1e-5, atol=1e-7)
+    terms = [
+        sum(p * (math.log(p) - x) for p, x in zip(label, row, strict=True) if p > 0)
+        for label, row in zip(expected, log_p(LOGITS, 1.5), strict=True)
+    ]
+    assert CompletedDBRLoss(temperature=1.5)(LOGITS, batch).item() == pytest.approx(mean(terms), rel=1e-5)
+
+
+def test_an_image_that_looks_like_a_third_class_gives_it_the_rest() -> None:
+    """By hand: d = 1 and 2 leave 0.497, of which the priors, 0.9 and 0.5 for class 2, give 0.8 at λ = 0.75."""
+    prior_org = listed([[(2, -math.log(0.9)), (3, -math.log(0.1))]])
+    prior_aug = listed([[(2, -math.log(0.5)), (3, -math.log(0.5))]])
+    batch = replace(make_batch([(0, 1)], [0.75], [(1.0, 2.0)]), prior_org=prior_org, prior_aug=prior_aug)
+    rest = 1 - math.exp(-1) - math.exp(-2)
+    expected = [math.exp(-1), math.exp(-2), 0.8 * rest, 0.2 * rest]
+    torch.testing.assert_close(completed_labels(batch, 4)[0], torch.tensor(expected), rtol=1e-3, atol=1e-4)
+
+
+@given(st.integers(2, 9), st.integers(0, 2**32 - 1), st.booleans())
+def test_completed_labels_are_distributions_that_keep_what_is_stored(classes: int, seed: int, has_priors: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    label_org, label_aug = torch.randint(classes, (2, 20), generator=generator)
+    distances = torch.rand(2, 20, generator=generator) * 8
+    batch = DBRBatch(
+        images=torch.zeros(20, 3, 1, 1),
+        label_org=label_org,
+        label_aug=label_aug,
+        lam=torch.rand(20, generator=generator),
+        distance_org=distances[0],
+        distance_aug=torch.where(label_org == label_aug, distances[0], distances[1]),
+        **({} if not has_priors else {"prior_org": any_prior(generator, label_org, classes)}),
+        **({} if not has_priors else {"prior_aug": any_prior(generator, label_aug, classes)}),
+    )
+    labels = completed_labels(batch, classes)
+    assert (labels >= 0).all()
+    torch.testing.assert_close(labels.sum(1), torch.ones(20), rtol=1e-6, atol=1e-6)
+    p = torch.stack([-batch.distance_org, -batch.distance_aug]).exp()
+    total = torch.where(label_org == label_aug, p[0], p.sum(0))
+    kept = labels.gather(1, torch.stack([label_org, label_aug], 1)).T
+    complete = (classes == 2) & (label_org != label_aug)  # no other class can take the rest
+    torch.testing.assert_close(kept, p / torch.where(complete, total, total.clamp_min(1)), rtol=1e-5, atol=1e-6)
+
+
+def any_prior(generator: torch.Generator, labels: Tensor, classes: int) -> ClassDistances:
+    """Priors of one class or more beside each label."""
+    count = int(torch.randint(1, classes, (1,), generator=generator))
+    order = torch.rand(len(labels), classes, generator=generator).scatter(1, labels[:, None], 2.0).argsort(1)
+    return ClassDistances(classes=order[:, :count], distances=torch.rand(len(labels), count, generator=generator) * 9)
+
+
+def test_a_batch_moves_with_its_priors() -> None:
+    moved = COMPLETED.to("cpu")
+    assert moved.prior_org is not None and moved.prior_aug is not None
+    assert torch.equal(moved.prior_aug.classes, torch.tensor([[label for label, _ in row] for row in PRIORS[1]]))
+    assert BATCH.to("cpu").prior_org is None
+
+
 def test_soft() -> None:
     teacher = torch.randn(5, CLASSES, generator=torch.Generator().manual_seed(4))
     expected = []
@@ -201,9 +310,9 @@ def test_gradients_of_dbr(sce: Sce, distance: Distance) -> None:
     assert torch.autograd.gradcheck(lambda logits: loss(logits, BATCH), LOGITS.double().requires_grad_())
 
 
-@pytest.mark.parametrize("loss", [OneHotLoss(), CompactLoss()])
+@pytest.mark.parametrize("loss", [OneHotLoss(), CompactLoss(), CompletedDBRLoss()])
 def test_gradients_of_the_other_kinds(loss: nn.Module) -> None:
-    assert torch.autograd.gradcheck(lambda logits: loss(logits, BATCH), LOGITS.double().requires_grad_())
+    assert torch.autograd.gradcheck(lambda logits: loss(logits, COMPLETED), LOGITS.double().requires_grad_())
 
 
 def test_gradients_of_soft() -> None:
@@ -233,17 +342,17 @@ def test_half_precision_logits_are_computed_in_float32(dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("loss", [DBRLoss(), DBRLoss(sce="target"), OneHotLoss(), CompactLoss()])
+@pytest.mark.parametrize("loss", [DBRLoss(), DBRLoss(sce="target"), OneHotLoss(), CompactLoss(), CompletedDBRLoss()])
 def test_autocast_leaves_the_loss_in_float32(loss: nn.Module, dtype: torch.dtype) -> None:
     """Under autocast the network's logits are narrow; the loss is that of the same logits without autocast."""
     network = nn.Linear(8, CLASSES, bias=False)
     inputs = torch.randn(len(BATCH), 8, generator=torch.Generator().manual_seed(5))
     with torch.autocast("cpu", dtype):
         logits = network(inputs)
-        inside = loss(logits, BATCH)
+        inside = loss(logits, COMPLETED)
     assert logits.dtype == dtype
     assert inside.dtype == torch.float32
-    assert torch.equal(inside, loss(logits, BATCH))
+    assert torch.equal(inside, loss(logits, COMPLETED))
     inside.backward()
     assert network.weight.grad is not None
     assert torch.isfinite(network.weight.grad).all()
@@ -271,17 +380,21 @@ def test_dbr_compiles_to_one_graph(sce: Sce, distance: Distance) -> None:
     assert_same_when_compiled(loss, backend="aot_eager")
 
 
+def test_completed_dbr_compiles_to_one_graph() -> None:
+    assert_same_when_compiled(CompletedDBRLoss(), backend="aot_eager")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler for the CPU")
 def test_dbr_compiles_to_machine_code() -> None:
     assert_same_when_compiled(DBRLoss(), backend="inductor")
 
 
-def assert_same_when_compiled(loss: DBRLoss, backend: str) -> None:
+def assert_same_when_compiled(loss: nn.Module, backend: str) -> None:
     torch.compiler.reset()
     compiled = torch.compile(loss, fullgraph=True, backend=backend)
     plain, other = LOGITS.clone().requires_grad_(), LOGITS.clone().requires_grad_()
-    expected, found = loss(plain, BATCH), compiled(other, BATCH)
+    expected, found = loss(plain, COMPLETED), compiled(other, COMPLETED)
     torch.autograd.backward([expected, found])
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(other.grad, plain.grad)
@@ -323,7 +436,7 @@ def ddp_network() -> nn.Linear:
 
 
 def part_of_batch(start: int, stop: int) -> DBRBatch:
-    return DBRBatch(**{field.name: getattr(BATCH, field.name)[start:stop] for field in fields(BATCH)})
+    return DBRBatch(**{name: getattr(BATCH, name)[start:stop] for name in TENSORS})
 
 
 def test_half_precision_gradients_are_finite() -> None:
@@ -368,7 +481,7 @@ def test_soft_refuses_a_temperature_of_zero() -> None:
         SoftLoss(0)
 
 
-@pytest.mark.parametrize("loss", [DBRLoss(), OneHotLoss(), CompactLoss()])
+@pytest.mark.parametrize("loss", [DBRLoss(), OneHotLoss(), CompactLoss(), CompletedDBRLoss()])
 @pytest.mark.parametrize("shape", [(4, CLASSES), (5,), (5, CLASSES, 1)])
 def test_logits_of_another_shape_are_refused(loss: nn.Module, shape: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match=r"expected \(5, classes\)"):

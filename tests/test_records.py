@@ -34,6 +34,7 @@ def make_layout(**changes: Any) -> RecordLayout:
     defaults: dict[str, Any] = {
         "images": images,
         "pairs": images,
+        "classes": 3,
         "size": 16,
         "cycle": 4,
         "mix_group": 2,

@@ -13,7 +13,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,9 +20,9 @@ from threading import Event, Thread
 from typing import Any
 
 import pytest
-from make_dataset import make_tiny_dataset
+from make_dataset import batch_columns, make_tiny_dataset
 
-from loaders import DBRBatch, DBRLoader, cache, order, remote
+from loaders import DBRLoader, cache, order, remote
 from loaders.cache import ShardCache
 from loaders.remote import RefusedError, RemoteFolder, is_url, local_path
 from nrrdd_format.dataset import open_dataset
@@ -162,7 +161,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def keys(loader: DBRLoader) -> list[tuple[bytes, ...]]:
-    return [tuple(getattr(b, field.name).numpy().tobytes() for field in fields(DBRBatch)) for b in loader]
+    return [tuple(column.numpy().tobytes() for column in batch_columns(batch).values()) for batch in loader]
 
 
 def shard_cache(

@@ -47,6 +47,7 @@ def drawn_records(size: int, *, images: int = 12, kind: str = "both", seed: int 
     layout = RecordLayout(
         images=images,
         pairs=images,
+        classes=3,
         size=size,
         cycle=4,
         mix_group=2,

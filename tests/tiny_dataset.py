@@ -14,6 +14,7 @@ from nrrdd_format import draws
 from nrrdd_format.codebooks import Codebooks, MixKind, distance_levels, mix_codebook, view_codebook
 from nrrdd_format.manifest import MANIFEST_NAME, DatasetInfo, ImagesInfo, Manifest, RecordsInfo, TeacherInfo
 from nrrdd_format.pairs import Coding, PairRecords, RecordLayout, cycle_bounds, draw_pairs
+from nrrdd_format.priors import Priors, choose_priors
 from nrrdd_format.records import encode_shard_records
 from nrrdd_format.shards import EncodedImage, ShardEntry, shard_name, write_shard
 
@@ -28,6 +29,7 @@ def tiny_manifest(
     block_epochs: int = 1,
     flip: bool = True,
     mix: MixKind = "both",
+    priors: int | None = None,
 ) -> Manifest:
     """A manifest that lists no shards yet."""
     drawn = coding != "verbatim"
@@ -49,7 +51,14 @@ def tiny_manifest(
             flip=flip,
         ),
         records=RecordsInfo(
-            coding=coding, epochs=epochs, cycle=3, mix_group=2, block_epochs=block_epochs, seed=11, mix=mix
+            coding=coding,
+            epochs=epochs,
+            cycle=3,
+            mix_group=2,
+            block_epochs=block_epochs,
+            seed=11,
+            mix=mix,
+            priors=priors,
         ),
         codebooks=codebooks,
         teacher=TeacherInfo(architecture="conv3", sha256="0" * 64, top1=0.75),
@@ -60,6 +69,15 @@ def tiny_manifest(
 def tiny_images(first: int, count: int) -> list[EncodedImage]:
     """`count` smooth colour gradients as PNG, numbered from `first`."""
     return [EncodedImage(index=first + i, label=(first + i) % len(CLASSES), data=_png(first + i)) for i in range(count)]
+
+
+def tiny_priors(layout: RecordLayout, shard: int) -> Priors | None:
+    """Priors that differ between images, as the layout wants them."""
+    if layout.priors is None:
+        return None
+    labels = (shard * layout.images + np.arange(layout.images)) % len(CLASSES)
+    masses = draws.uniform(7, "priors", shard, count=layout.images * len(CLASSES)).reshape(-1, len(CLASSES))
+    return choose_priors(masses, labels, layout.priors, layout.levels)
 
 
 def tiny_records(layout: RecordLayout, shard: int, epoch: int) -> PairRecords:
@@ -128,6 +146,7 @@ def _write_tiny_shard(folder: Path, manifest: Manifest, shard: int, images: int)
         blocks=blocks,
         epochs=epochs,
         layout=layout,
+        priors=tiny_priors(layout, shard),
     )
 
 

@@ -1,4 +1,4 @@
-"""Makes the golden datasets of the current format version.
+"""Makes the golden datasets of every format version.
 
 Run from the repository: `PYTHONPATH=.:tests python tests/golden/make_golden.py`.
 
@@ -21,17 +21,23 @@ from PIL import Image
 from tiny_dataset import tiny_manifest, write_tiny
 
 from nrrdd_format.dataset import open_dataset
-from nrrdd_format.manifest import VERSION
 from nrrdd_format.pairs import Coding
 from nrrdd_format.shards import ShardReader
 
 HERE = Path(__file__).resolve().parent
-CODINGS: tuple[Coding, ...] = ("explicit", "derived", "verbatim")
+DATASETS: dict[str, tuple[Coding, int | None]] = {
+    "v1.0-explicit": ("explicit", None),
+    "v1.0-derived": ("derived", None),
+    "v1.0-verbatim": ("verbatim", None),
+    "v1.1-explicit": ("explicit", 2),
+}
+"""By folder, the coding and the classes in a prior; the version is the lowest that has these."""
 
 
-def write_golden(folder: Path, coding: Coding) -> Path:
-    """Writes the golden dataset of one coding: three epochs in blocks of two."""
-    return write_tiny(folder, tiny_manifest(coding=coding, epochs=3, block_epochs=2), shards=1)
+def write_golden(folder: Path, name: str) -> Path:
+    """Writes the golden dataset of one name: three epochs in blocks of two."""
+    coding, priors = DATASETS[name]
+    return write_tiny(folder, tiny_manifest(coding=coding, epochs=3, block_epochs=2, priors=priors), shards=1)
 
 
 def dataset_content(folder: Path) -> dict[str, Any]:
@@ -50,7 +56,17 @@ def _shard_content(reader: ShardReader) -> dict[str, Any]:
         "labels": reader.labels.tolist(),
         "pixels_sha256": [_pixels_sha256(reader.image_bytes(i)) for i in range(reader.images)],
         "epochs": [_epoch_content(reader, epoch) for epoch in range(reader.epochs)],
+        **_prior_content(reader),
     }
+
+
+def _prior_content(reader: ShardReader) -> dict[str, Any]:
+    """By image, the classes of its prior and their distances; nothing without priors."""
+    priors = reader.priors
+    if priors is None:
+        return {}
+    distances = priors.distances(reader.layout.levels)
+    return {"prior_classes": priors.classes.tolist(), "prior_distances": [_plain(row) for row in distances]}
 
 
 def _epoch_content(reader: ShardReader, epoch: int) -> dict[str, Any]:
@@ -70,10 +86,12 @@ def _pixels_sha256(data: bytes) -> str:
 
 
 def main() -> None:
-    """Write every golden dataset of the current version."""
-    for coding in CODINGS:
-        folder = HERE / f"v{VERSION[0]}.{VERSION[1]}-{coding}"
-        write_golden(folder, coding)
+    """Write the golden datasets that are not there yet."""
+    for name in DATASETS:
+        folder = HERE / name
+        if folder.exists():
+            continue
+        write_golden(folder, name)
         text = json.dumps(dataset_content(folder), separators=(",", ":"))
         (folder / "expected.json").write_text(text.replace('},"', '},\n"').replace('],"', '],\n"') + "\n")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import msgpack
 
 from benchmarks.mutants import Expectation, Mutant, a_name, changed_manifest, sealed_parts, sealed_shard
 from benchmarks.mutate_zstd import ZSTD_FAULTS
-from benchmarks.mutation_parts import CLASSES, EPOCHS, IMAGES, Base, Draw, Map, frame, frame_of, seal
+from benchmarks.mutation_parts import CLASSES, EPOCHS, IMAGES, LEVELS, PRIORS, Base, Draw, Map, frame, frame_of, seal
 from nrrdd_format.manifest import MANIFEST_NAME
 
 _WRONG_NUMBERS = (-1, 2**31, 2**32, 2**53, 2**63, 2**64 - 1)
@@ -112,6 +113,38 @@ def lie_in_records_head(base: Base, draw: Draw) -> Mutant:
 def _other_number(old: int, draw: Draw) -> int:
     near = [old - 1, old + 1, old * 2 + 1, 0, 2**32 - 1, *_WRONG_NUMBERS]
     return draw.one([number for number in near if number != old])
+
+
+def lie_in_priors(base: Base, draw: Draw) -> Mutant:
+    """A prior is out of its range, too short or too long; or another one."""
+    name = a_name(draw)
+    head, count = deepcopy(base.parts[name].head), PRIORS[base.coding]
+    if count is None:
+        head |= {"prior_gaps": [0], "prior_levels": ["x"]}
+        return _with_head(base, name, head, "harmless", "priors that the manifest does not promise")
+    at = draw.below(IMAGES * count)
+    key = draw.one(("prior_gaps", "prior_levels"))
+    what = draw.one(("level", "class", "own class", "entries", "one key", "another level"))
+    if what == "level":
+        head["prior_levels"][at] = draw.one((LEVELS[base.coding], 256, *_WRONG_NUMBERS))
+    elif what == "class":
+        head["prior_gaps"][at] = draw.one((len(CLASSES), 2**17, *_WRONG_NUMBERS))
+    elif what == "own class":
+        image = at // count
+        own = int(base.parts[name].images[image][0][9:14])
+        gaps = [own] if count == 1 else [[0, 0], [0, 0], [0, 1]][own]
+        head["prior_gaps"][image * count : (image + 1) * count] = gaps
+    elif what == "entries":
+        head[key] = draw.one((head[key][:-1], [*head[key], 0], [], [head[key]]))
+    elif what == "one key":
+        del head[key]
+    else:
+        head["prior_levels"][at] = (head["prior_levels"][at] + 1) % LEVELS[base.coding]
+    return _with_head(base, name, head, "open" if what == "another level" else "broken", what)
+
+
+def _with_head(base: Base, name: str, head: Map, expectation: Expectation, what: str) -> Mutant:
+    return sealed_parts(base, name, replace(base.parts[name], head=head), expectation, f"priors: {what}")
 
 
 def promise_epochs(base: Base, draw: Draw) -> Mutant:
@@ -316,6 +349,7 @@ def future_minor_version(base: Base, draw: Draw) -> Mutant:
 KINDS = (
     lie_in_shard_header,
     lie_in_records_head,
+    lie_in_priors,
     promise_epochs,
     confuse_frame_types,
     hostile_msgpack,

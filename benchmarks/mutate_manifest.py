@@ -82,6 +82,12 @@ _MANIFEST_LIES: tuple[tuple[str, Callable[[Map, Draw], object], Expectation], ..
     ("records.cycle", _put("records", "cycle", value=_number(2, 2**18)), "open"),
     ("records.mix_group", _put("records", "mix_group", value=_number(1, 2**18)), "open"),
     ("records.seed", _put("records", "seed", value=_number(0, 2**63 - 1)), "open"),
+    (
+        "records.priors",
+        lambda c, d: c["records"].update(priors=(c["records"].get("priors") or 0) + d.between(1, 3)),
+        "broken",
+    ),
+    ("priors left out", lambda c, d: c["records"].pop("priors", None), "open"),
     ("images.flip", _put("images", "flip", value=lambda old, draw: not old), "open"),
     ("a distance missing", lambda c, d: c["codebooks"]["distances"].pop(), "open"),
     ("distances reversed", lambda c, d: c["codebooks"]["distances"].reverse(), "broken"),
@@ -124,6 +130,7 @@ _NULLABLE = (
     "teacher.top1",
     "codebooks.views",
     "codebooks.mixes",
+    "records.priors",
 )
 
 

@@ -67,6 +67,7 @@ class ShardData:
 
     reader: ShardReader
     images: list[tuple[int, int, bytes]]  # number, label, encoded image
+    priors: dict[str, list[int]]  # as they are packed; empty without any
     epochs: list[PairRecords]
 
 
@@ -81,7 +82,8 @@ class Data:
         """Equal for equal data: everything but how the shards are stored."""
         stated = self.manifest.to_json()
         del stated["shards"]
-        return (json.dumps(stated), [(s.reader.shard, s.images, [_columns(e) for e in s.epochs]) for s in self.shards])
+        shards = [(s.reader.shard, s.images, s.priors, [_columns(e) for e in s.epochs]) for s in self.shards]
+        return (json.dumps(stated), shards)
 
 
 def read(folder: Path) -> Data:
@@ -95,6 +97,7 @@ def _read_shard(reader: ShardReader) -> ShardData:
     return ShardData(
         reader=reader,
         images=list(zip(reader.indices.tolist(), reader.labels.tolist(), data, strict=True)),
+        priors={} if reader.priors is None else reader.priors.pack(),
         epochs=[reader.records(epoch) for epoch in range(reader.epochs)],
     )
 
@@ -279,6 +282,8 @@ def _unfaithful_shard(shard: ShardData, stored: bytes, block_epochs: int, *, uni
     images = tuple((image_name(index, label, extension), data) for index, label, data in shard.images)
     if images != parts.images:
         yield f"shard {number}: the images read are not those of the members"
+    if shard.priors != {key: parts.head.get(key) for key in shard.priors}:
+        yield f"shard {number}: the priors read are not those stored"
     if unique and tuple(again) != parts.contents:
         yield f"shard {number}: the records read do not encode to the blocks as stored"
 

@@ -19,12 +19,14 @@ from typing import Any, TypeVar, get_args
 import msgpack
 import numpy as np
 import zstandard
+from numpy.typing import NDArray
 from PIL import Image
 
 from nrrdd_format import draws, tar
 from nrrdd_format.codebooks import Codebooks, distance_levels, mix_codebook, view_codebook
 from nrrdd_format.manifest import MANIFEST_NAME, DatasetInfo, ImagesInfo, Manifest, RecordsInfo, TeacherInfo
 from nrrdd_format.pairs import Coding, PairRecords, RecordLayout, cycle_bounds, draw_pairs
+from nrrdd_format.priors import Priors, choose_priors
 from nrrdd_format.records import encode_shard_records
 from nrrdd_format.shard_header import HEADER_NAME, RECORDS_NAME
 from nrrdd_format.shards import EncodedImage, ShardEntry, shard_name, write_shard
@@ -38,6 +40,7 @@ VERBATIM_PAIRS = 5
 VIEWS, MIXES = 6, 5
 LEVELS = {"explicit": 5, "derived": 20, "verbatim": 12}  # up to 16 levels, both of a pair share a byte
 CLASSES = ("circle", "square", "star")
+PRIORS = {"explicit": 1, "derived": 2, "verbatim": None}  # classes in each image's prior
 
 
 class Draw:
@@ -149,6 +152,7 @@ def _manifest(coding: Coding) -> Manifest:
             block_epochs=BLOCK_EPOCHS,
             seed=11,
             mix="both",
+            priors=PRIORS[coding],
         ),
         codebooks=Codebooks(
             views=None if verbatim else view_codebook(5, SIZE, (0.3, 1.0), count=VIEWS),
@@ -174,7 +178,13 @@ def _write_shard(folder: Path, layout: RecordLayout, number: int) -> ShardEntry:
         blocks=encode_shard_records(records, layout, number),
         epochs=EPOCHS,
         layout=layout,
+        priors=_priors(layout, np.array([image.label for image in images]), number),
     )
+
+
+def _priors(layout: RecordLayout, labels: NDArray[np.int64], shard: int) -> Priors | None:
+    masses = draws.uniform(3, "priors", shard, count=len(labels) * len(CLASSES)).reshape(-1, len(CLASSES))
+    return None if layout.priors is None else choose_priors(masses, labels, layout.priors, layout.levels)
 
 
 def _records(layout: RecordLayout, shard: int, epoch: int) -> PairRecords:

@@ -193,6 +193,18 @@ def many(count: int) -> Break:
     return stated(change)
 
 
+def many_priors(base: Base) -> Files:
+    """Shard 0 is said to hold 16 384 images with priors of 131 071 of 2^17 classes."""
+
+    def change(manifest: Map) -> None:
+        manifest["dataset"]["class_names"] = ["a"] * 2**17
+        manifest["records"]["priors"] = 2**17 - 1
+        manifest["shards"][0].update(images=2**14, pairs_per_epoch=2**14)
+        manifest["images"].update(count=2**14 + IMAGES)
+
+    return stated(change)(base)
+
+
 def lam(value: float) -> Break:
     """λ of the first mix of a verbatim dataset."""
     return bits(MIX + 13, 32, int.from_bytes(struct.pack("<f", value), "little"))
@@ -273,6 +285,7 @@ BROKEN: dict[str, Sequence[Broken]] = {
         Broken("count", manifest("images", "count", value=11), r"images\.count is 11, the shards hold 12"),
         Broken("fewer pairs", manifest("shards", 0, "pairs_per_epoch", value=5), "pairs_per_epoch is 5, expected 6"),
         Broken("more pairs", manifest("shards", 0, "pairs_per_epoch", value=7), "pairs_per_epoch is 7", "verbatim"),
+        Broken("priors", manifest("records", "priors", value=3), r"records\.priors is 3, expected less than 3"),
         Broken("wnids", manifest("dataset", "wnids", value=["n1"]), "wnids has 1 entries, expected 3"),
     ],
     "R12": [
@@ -392,6 +405,16 @@ BROKEN: dict[str, Sequence[Broken]] = {
     ],
 }
 
+BROKEN["R27"] = [
+    Broken("a gap less", sealed(head=field("prior_gaps", [0] * 5)), "prior_gaps: 5 entries"),
+    Broken("a level more", sealed(head=field("prior_levels", [0] * 7)), "prior_levels: 7 entries"),
+    Broken("no gaps", sealed(head=lambda c: c.pop("prior_gaps")), "prior_gaps: None"),
+    Broken("unknown class", sealed(head=field("prior_gaps", [3, 0, 0, 0, 0, 0])), r"prior_gaps\[0\] is 3"),
+    Broken("classes add up", sealed(head=field("prior_gaps", [2, 0] * 6)), "class 3, expected less than 3", "derived"),
+    Broken("its own class", sealed(head=field("prior_gaps", [0] * 6)), "prior of image 0: names its own class 0"),
+    Broken("level", sealed(head=field("prior_levels", [0, 0, 5, 0, 0, 0])), r"prior_levels\[2\] is 5"),
+]
+
 # By the first column of the table in section 2, whose rule is R4.
 BEYOND_LIMITS: dict[str, Sequence[Broken]] = {
     "manifest": [
@@ -454,6 +477,9 @@ BEYOND_LIMITS: dict[str, Sequence[Broken]] = {
         Broken("0", manifest("records", "epochs", value=0), r"records\.epochs is 0"),
         Broken("65 537", manifest("records", "epochs", value=65537), r"records\.epochs is 65537"),
         Broken("in a shard", sealed(header=field("epochs", 65537)), "epochs is 65537"),
+    ],
+    "classes in the priors of one shard's images, all together": [
+        Broken("2^14 images of 2^17 - 1 each", many_priors, "expected at most 2 with records.priors 131071")
     ],
     "content of one record block": [Broken("more than 16 MiB", long_blocks, "expected at most 16777216")],
     "one record block": [Broken("536 too many", block(lambda b: b + bytes(24 + 512)), "block size is")],
@@ -536,7 +562,7 @@ def test_reading_executes_nothing(bases: dict[str, Base], tmp_path: Path) -> Non
 
 def test_writers_leave_no_half_files(bases: dict[str, Base], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """R3: a disk that is full at any moment leaves what was there before, and nothing half written."""
-    base = bases["explicit"]
+    base = bases["verbatim"]
     folder = put(tmp_path, base, {})
     whole = Manifest.load(folder / MANIFEST_NAME)
     images = [EncodedImage(index=i, label=0, data=data) for i, (_, data) in enumerate(base.parts[NAME].images)]

@@ -212,4 +212,5 @@ def _recode_shard(shard: ShardReader, layout: RecordLayout, epochs: int, path: P
         blocks=encode_shard_records(shard.all_records(), layout, shard.shard),
         epochs=epochs,
         layout=layout,
+        priors=shard.priors,
     )

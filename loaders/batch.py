@@ -50,6 +50,8 @@ class DBRBatch:
     """The image's prior: what the teacher sees in it beside y_i; None where the dataset stores none."""
     prior_aug: ClassDistances | None = None
     """The same of the image that is mixed in, beside y_j."""
+    further: ClassDistances | None = None
+    """More of the teacher's prediction of the pair, classes other than y_i and y_j; a loader gives none."""
 
     def __len__(self) -> int:
         return len(self.lam)

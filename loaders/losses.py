@@ -171,7 +171,8 @@ class CompletedDBRLoss(nn.Module):
 def completed_labels(batch: DBRBatch, classes: int) -> Tensor:
     """The teacher's prediction as far as the dataset tells: rows (B, C) that sum to one, float32 at least.
 
-    The pair's two classes have the probabilities p = exp(-d) that the distances state, divided by max(1, p_i + p_j).
+    The pair's two classes have the probabilities p = exp(-d) that the distances state, divided by max(1, their sum).
+    So do further classes, where the batch has any.
     What is left goes to the other classes like lam * prior_org + (1 - lam) * prior_aug, no class less than
     PRIOR_FLOOR before normalisation; evenly where the dataset stores no priors.
     """
@@ -183,6 +184,9 @@ def completed_labels(batch: DBRBatch, classes: int) -> Tensor:
     others = _mixed_prior(batch, classes)
     for labels in (batch.label_org, batch.label_aug):
         others = others.scatter(1, labels[:, None], 0.0)
+    if batch.further is not None:
+        known = known.scatter(1, batch.further.classes, batch.further.distances.neg().exp())
+        others = others.scatter(1, batch.further.classes, 0.0)
     total, spread = known.sum(1, keepdim=True), others.sum(1, keepdim=True)
     # With no class to take the rest, what the rounding of distances left out is shared in proportion.
     known = known / torch.where(spread > 0, total.clamp_min(1), total)

@@ -63,6 +63,7 @@ def _config(source: Path, out: Path, **changes: object) -> BuildConfig:
         shard_images=3,
         cycle=2,
         mix_group=2,
+        priors=2,
         threads=1,
         device="cpu",
     )
@@ -73,7 +74,7 @@ def _options(source: Path, out: Path) -> list[str]:
     """The command line of `_config`."""
     return (
         f"--dataset imagefolder --data-dir {source}/train --out {out} --ipc 2 --size {SIZE} --iterations 3 "
-        f"--batch-size 3 --epochs 4 --shard-images 3 --cycle 2 --mix-group 2 --threads 1 --device cpu "
+        f"--batch-size 3 --epochs 4 --shard-images 3 --cycle 2 --mix-group 2 --priors 2 --threads 1 --device cpu "
         f"--teacher-checkpoint {source}/teacher.pt --min-teacher-top1 0"
     ).split()
 

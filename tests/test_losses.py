@@ -280,6 +280,35 @@ def test_completed_labels_are_distributions_that_keep_what_is_stored(classes: in
     torch.testing.assert_close(kept, p / torch.where(complete, total, total.clamp_min(1)), rtol=1e-5, atol=1e-6)
 
 
+@given(st.integers(3, 12), st.integers(0, 2**32 - 1))
+def test_with_all_other_classes_the_completed_label_is_the_soft_label(classes: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    log_p = torch.randn(8, classes, generator=generator).mul(3).log_softmax(1)
+    order = torch.rand(8, classes, generator=generator).argsort(1)
+    distances = log_p.neg().gather(1, order)
+    batch = DBRBatch(
+        images=torch.zeros(8, 3, 1, 1),
+        label_org=order[:, 0],
+        label_aug=order[:, 1],
+        lam=torch.rand(8, generator=generator),
+        distance_org=distances[:, 0],
+        distance_aug=distances[:, 1],
+        prior_org=any_prior(generator, order[:, 0], classes),
+        prior_aug=any_prior(generator, order[:, 1], classes),
+        further=ClassDistances(classes=order[:, 2:], distances=distances[:, 2:]),
+    )
+    torch.testing.assert_close(completed_labels(batch, classes), log_p.exp(), rtol=1e-4, atol=1e-6)
+
+
+def test_further_classes_keep_what_they_state_and_leave_the_rest_to_others() -> None:
+    plain = make_batch([(0, 1)], [0.5], [(1.0, 2.0)])
+    further = ClassDistances(classes=torch.tensor([[3]]), distances=torch.tensor([[1.5]]))
+    known = [math.exp(-1), math.exp(-2), math.exp(-1.5)]
+    left = (1 - sum(known)) / 2
+    expected = torch.tensor([[known[0], known[1], left, known[2], left]])
+    torch.testing.assert_close(completed_labels(replace(plain, further=further), 5), expected)
+
+
 def any_prior(generator: torch.Generator, labels: Tensor, classes: int) -> ClassDistances:
     """Priors of one class or more beside each label."""
     count = int(torch.randint(1, classes, (1,), generator=generator))

@@ -1,0 +1,254 @@
+"""Accuracy by the byte: what students gain from each byte that completes a DBR label.
+
+`python -m benchmarks.accuracy_by_bytes DATASET... --teacher-checkpoint FILE --out DIR` trains students on the same
+images with labels from none to all of the teacher's prediction: completed by images' priors and by x further classes
+of each pair (`benchmarks.completion`), beside one-hot, compact and plain DBR labels, FKD's top 5 and soft labels. Give
+datasets that differ in their seed only. A student that is done is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+
+from matplotlib.figure import Figure
+
+from benchmarks.command import add_device, pick_device, run
+from benchmarks.completion import TopClasses, WithFurther, with_priors
+from benchmarks.footprint import epoch_pairs, fkd_bytes_per_pair, in_full_batches
+from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
+from benchmarks.spread import difference, spread
+from benchmarks.student import (
+    Batches,
+    Labels,
+    StudentConfig,
+    load_dataset_teacher,
+    load_matching_source,
+    train_student,
+)
+from builders.sources import Source
+from builders.teacher import Teacher
+from loaders import DBRLoader
+from nrrdd_format.dataset import DistilledDataset, open_dataset
+from nrrdd_format.files import atomic_write
+
+MODULE = "benchmarks.accuracy_by_bytes"
+RESULTS = Path("benchmarks") / "results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of labels: how they are named, trained on and completed."""
+
+    name: str
+    labels: Labels
+    priors: bool = False
+    further: int = 0
+    top: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A student and the bytes of its labels."""
+
+    kind: str
+    dataset: str
+    seed: int
+    bytes_per_pair: float
+    top1: float
+
+
+def kinds(further: Sequence[int]) -> list[Kind]:
+    """All kinds of labels, from nothing of the teacher's to all of it."""
+    completed = [
+        Kind(
+            name=f"completed, {count} further, {'priors' if priors else 'no priors'}",
+            labels="dbr-completed",
+            priors=priors,
+            further=count,
+        )
+        for priors in (False, True)
+        for count in further
+    ]
+    return [
+        Kind(name="one-hot", labels="one-hot"),
+        Kind(name="compact", labels="compact"),
+        Kind(name="DBR", labels="dbr"),
+        *completed,
+        Kind(name="FKD top 5", labels="dbr-completed", top=True),
+        Kind(name="soft", labels="soft"),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    options = make_parser().parse_args(arguments)
+    return run(lambda: measure(options))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {MODULE}",
+        description="Measure students' top-1 by the bytes of a pair's label.",
+        epilog=f"example:\n  python -m {MODULE} cifar10-seed0 cifar10-seed1 cifar10-seed2 --data-dir cifar10/train \\\n"
+        "      --test-dir cifar10/test --teacher-checkpoint teacher.pt --out by-bytes",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("datasets", type=Path, nargs="+", metavar="DATASET", help="built with different seeds")
+    parser.add_argument("--dataset", metavar="NAME", help="where the test images come from (the manifest's name)")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the source images lie")
+    parser.add_argument("--test-dir", type=Path, metavar="DIR", help="held-out images")
+    parser.add_argument("--teacher-checkpoint", type=Path, metavar="FILE", help="the datasets' teacher")
+    parser.add_argument("--student", metavar="ARCH", help="the students' network (the dataset's default)")
+    parser.add_argument("--epochs", type=int, default=300, metavar="N", help="of every student (300)")
+    parser.add_argument("--priors", type=int, default=9, metavar="K", help="classes in an image's prior (9)")
+    parser.add_argument("--further", type=int, nargs="+", default=[0, 1, 2, 3, 5, 8], metavar="X", help="0 1 2 3 5 8")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="keeps datasets and finished students")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"for the report ({RESULTS})")
+    add_device(parser)
+    return parser
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Trains the students that are missing, prints the report and writes it; returns the exit status."""
+    first = open_dataset(options.datasets[0]).manifest
+    source = load_matching_source(first, name=options.dataset, data_dir=options.data_dir, test_dir=options.test_dir)
+    rows = [row for path in options.datasets for row in _measure_dataset(options, path, source)]
+    seeds = sorted({row.seed for row in rows})
+    names = [kind.name for kind in kinds(options.further)]
+    text = table(rows, names)
+    print(f"\n{text}")
+    facts = provenance(MODULE, seeds=seeds)
+    stem = f"{facts['date']}-accuracy-by-bytes-{first.dataset.name}"
+    make_folder(options.results)
+    settings = {"epochs": options.epochs, "priors": options.priors, "teacher_top1": first.teacher.top1}
+    write_json(options.results / f"{stem}.json", facts | settings | {"students": [asdict(row) for row in rows]})
+    title = f"# Accuracy by the byte on {first.dataset.name}, {first.images.ipc} images per class\n\n"
+    about = (
+        f"Students trained for {options.epochs} epochs; teacher {first.teacher.architecture}, top-1 "
+        f"{first.teacher.top1 or 0:.2%}. Bytes a pair are measured: records as stored (views, mixes and distances), "
+        "the priors in them, the coded columns of further classes, FKD-style stores for soft labels and the top 5.\n\n"
+    )
+    write_text(
+        options.results / f"{stem}.md", f"{title}{provenance_text(facts)}\n{about}{text}\n\n![top-1]({stem}.png)\n"
+    )
+    plot(options.results / f"{stem}.png", rows, names)
+    return 0
+
+
+def _measure_dataset(options: argparse.Namespace, path: Path, source: Source) -> list[Measured]:
+    """All kinds of labels on one dataset."""
+    device = pick_device(options.device)
+    manifest = open_dataset(path).manifest
+    teacher = load_dataset_teacher(manifest, options.teacher_checkpoint, device)
+    completed = options.out / f"{path.name}-priors{options.priors}"
+    if not completed.exists():
+        with_priors(path, teacher, options.priors, completed, device=device)
+    rows = []
+    for kind in kinds(options.further):
+        done = options.out / f"{path.name}-{kind.name.replace(', ', '-').replace(' ', '-')}-{options.epochs}.json"
+        if not done.exists():
+            found = _train(options, kind, completed if kind.priors else path, source, teacher, manifest.records.seed)
+            write_json(done, asdict(found))
+        rows.append(Measured(**json.loads(done.read_text())))
+        print(f"{rows[-1].kind}: seed {rows[-1].seed}, top-1 {rows[-1].top1:.2f} %", flush=True)
+    return rows
+
+
+def _train(
+    options: argparse.Namespace, kind: Kind, path: Path, source: Source, teacher: Teacher, seed: int
+) -> Measured:
+    config = StudentConfig(
+        labels=kind.labels,
+        architecture=options.student,
+        epochs=options.epochs,
+        teacher_checkpoint=options.teacher_checkpoint,
+        seed=seed,
+        device=pick_device(options.device),
+    )
+    with open_dataset(path) as dataset:
+        wrapped: list[WithFurther] = []
+        result = train_student(path, source, config, wrap=partial(_wrap, kind, dataset, teacher, wrapped.append))
+        return Measured(
+            kind=kind.name,
+            dataset=path.name,
+            seed=seed,
+            bytes_per_pair=_stored_bytes(kind, dataset) + sum(each.bytes_per_pair() for each in wrapped),
+            top1=100 * result.top1,
+        )
+
+
+def _wrap(
+    kind: Kind, dataset: DistilledDataset, teacher: Teacher, note: Callable[[WithFurther], None], loader: DBRLoader
+) -> Batches:
+    if kind.top:
+        return TopClasses(loader, teacher.model, dataset.manifest.records.temperature)
+    if not kind.further:
+        return loader
+    wrapped = WithFurther(loader, dataset, teacher.model, kind.further)
+    note(wrapped)
+    return wrapped
+
+
+def _stored_bytes(kind: Kind, dataset: DistilledDataset) -> float:
+    """Bytes a pair without further classes."""
+    manifest = dataset.manifest
+    if kind.name == "one-hot":
+        return 0.0
+    if kind.top or kind.labels == "soft":
+        pairs, classes = in_full_batches(epoch_pairs(dataset)), len(manifest.dataset.class_names)
+        form = "top5" if kind.top else "fp16"
+        return fkd_bytes_per_pair(pairs, size=manifest.images.size, num_classes=classes, form=form)  # type: ignore[arg-type]
+    pairs_stored = sum(entry.pairs_per_epoch for entry in manifest.shards) * manifest.records.epochs
+    return sum(entry.record_bytes for entry in manifest.shards) / pairs_stored
+
+
+def _of(rows: Sequence[Measured], kind: str) -> list[Measured]:
+    return sorted((row for row in rows if row.kind == kind), key=lambda row: row.seed)
+
+
+def _tops(rows: Sequence[Measured], kind: str) -> list[float]:
+    return [row.top1 for row in _of(rows, kind)]
+
+
+def table(rows: Sequence[Measured], names: Sequence[str]) -> str:
+    """Bytes, top-1, the difference to plain DBR seed by seed, and how much of soft labels' gain is recovered."""
+    low, high = mean(_tops(rows, "one-hot")), mean(_tops(rows, "soft"))
+    lines = []
+    for name in names:
+        tops = _tops(rows, name)
+        share = f"{100 * (mean(tops) - low) / (high - low):.0f}" if high > low else "-"
+        size = mean(row.bytes_per_pair for row in _of(rows, name))
+        lines.append([name, f"{size:.2f}", spread(tops), difference(_tops(rows, "DBR"), tops), share])
+    return markdown_table(["labels", "bytes a pair", "top-1 %", "− DBR", "recovered %"], lines)
+
+
+def plot(path: Path, rows: Sequence[Measured], names: Sequence[str]) -> None:
+    """Writes a PNG: bytes a pair, logarithmic, against top-1; lines join the numbers of further classes."""
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    lines = {
+        "completed, no priors": [name for name in names if name.endswith("no priors")],
+        "completed, priors": [name for name in names if name.endswith(", priors")],
+    }
+    single = [name for name in names if not name.startswith("completed") and name != "one-hot"]
+    for label, members in [*lines.items(), *((name, [name]) for name in single)]:
+        places = [mean(row.bytes_per_pair for row in _of(rows, name)) for name in members]
+        tops = [_tops(rows, name) for name in members]
+        error = [stdev(each) if len(each) > 1 else 0.0 for each in tops]
+        axis.errorbar(places, [mean(each) for each in tops], yerr=error, marker="o", capsize=2, label=label)
+    axis.axhline(mean(_tops(rows, "one-hot")), color="grey", linestyle=":", label="one-hot")
+    axis.set(xscale="log", xlabel="bytes a pair", ylabel="student top-1, %")
+    axis.legend(fontsize=8)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

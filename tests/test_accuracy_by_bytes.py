@@ -1,0 +1,141 @@
+"""Priors and further classes as the benchmark makes them, and the whole command on a tiny dataset."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from make_dataset import make_tiny_dataset
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks.accuracy_by_bytes import main
+from benchmarks.completion import TopClasses, WithFurther, with_priors
+from builders.models import create_model
+from builders.relabel import prior_masses
+from builders.teacher import Teacher, load_teacher, save_checkpoint
+from loaders import DBRLoader, completed_labels
+from nrrdd_format.dataset import open_dataset
+from nrrdd_format.manifest import MANIFEST_NAME, Manifest
+from nrrdd_format.replay import decode_image, plan_batch, replay, stack_images
+from nrrdd_format.verify import verify_dataset
+
+CLASSES = tuple(f"class {k}" for k in range(6))
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real images of six classes, an untrained teacher, and a tiny dataset that names it."""
+    root = tmp_path_factory.mktemp("by-bytes")
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in CLASSES:
+            (root / split / name).mkdir(parents=True)
+            Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)).save(root / split / name / "0.png")
+    torch.manual_seed(0)
+    save_checkpoint(root / "teacher.pt", create_model("conv2-w8", len(CLASSES), SIZE), "conv2-w8", CLASSES)
+    data = make_tiny_dataset(root / "data", classes=len(CLASSES), size=SIZE, shards=1)
+    manifest = Manifest.load(data / MANIFEST_NAME)
+    named = replace(manifest.teacher, architecture="conv2-w8", sha256=tiny_teacher(root).sha256)
+    replace(manifest, teacher=named).save(data / MANIFEST_NAME)
+    return root
+
+
+def tiny_teacher(folder: Path) -> Teacher:
+    return load_teacher(
+        "conv2-w8", folder / "teacher.pt", num_classes=len(CLASSES), image_size=SIZE, device="cpu", class_names=CLASSES
+    )
+
+
+def predictions(teacher: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        p: Tensor = teacher(images).softmax(1)
+    return p
+
+
+def test_further_classes_are_the_likeliest_others_rounded(folder: Path) -> None:
+    teacher = tiny_teacher(folder).model
+    with open_dataset(folder / "data") as dataset:
+        table = torch.from_numpy(dataset.manifest.codebooks.distances)
+        wrapped = WithFurther(DBRLoader(folder / "data", 8), dataset, teacher, 2)
+        for batch in wrapped:
+            assert batch.further is not None
+            for row, p in enumerate(predictions(teacher, batch.images)):
+                own = {int(batch.label_org[row]), int(batch.label_aug[row])}
+                others = sorted(set(range(len(CLASSES))) - own, key=lambda label: -float(p[label]))
+                assert batch.further.classes[row].tolist() == others[:2]
+                nearest = [(table + p[label].log()).abs().min() for label in others[:2]]
+                stored = (batch.further.distances[row] + p[others[:2]].log()).abs()
+                torch.testing.assert_close(stored, torch.stack(nearest))
+    assert 0 < wrapped.bytes_per_pair() < 20
+
+
+def test_the_top_classes_alone_make_labels_with_marginal_smoothing(folder: Path) -> None:
+    teacher = tiny_teacher(folder).model
+    for batch in TopClasses(DBRLoader(folder / "data", 8), teacher, 1.0, count=3):
+        p = predictions(teacher, batch.images)
+        top, classes = p.topk(3)
+        left = (1 - top.sum(1, keepdim=True)) / (len(CLASSES) - 3)
+        expected = left.expand(-1, len(CLASSES)).scatter(1, classes, top)
+        torch.testing.assert_close(completed_labels(batch, len(CLASSES)), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_dataset_gets_priors_and_keeps_the_rest(folder: Path, tmp_path: Path) -> None:
+    out = with_priors(folder / "data", tiny_teacher(folder), 3, tmp_path / "with", device="cpu")
+    assert verify_dataset(out) == []
+    with open_dataset(folder / "data") as before, open_dataset(out) as after:
+        old, new = before.shards[0], after.shards[0]
+        assert new.priors is not None and new.priors.classes.shape == (old.images, 3)
+        assert [new.image_bytes(i) for i in range(3)] == [old.image_bytes(i) for i in range(3)]
+        assert [r.distance_org.tolist() for r in new.all_records()] == [
+            r.distance_org.tolist() for r in old.all_records()
+        ]
+
+
+def test_masses_are_means_over_the_pairs_of_an_image(folder: Path) -> None:
+    """Against loops over pairs and classes."""
+    teacher = tiny_teacher(folder).model
+    with open_dataset(folder / "data") as dataset:
+        info, reader = dataset.manifest.images, dataset.shards[0]
+        images = stack_images([decode_image(reader.image_bytes(i), info.size) for i in range(reader.images)])
+        epochs, labels = list(reader.all_records()), reader.labels
+    found = prior_masses(images, labels, epochs, model=teacher, temperature=1.0, mean=info.mean, std=info.std)
+    total, weight = np.zeros((2, len(labels), len(CLASSES)))
+    for records in epochs:
+        plan = plan_batch([(0, records)])
+        mixed = replay(plan.with_images(images[torch.from_numpy(plan.image)]), mean=info.mean, std=info.std)
+        for pair, p in enumerate(predictions(teacher, mixed).double().numpy()):
+            both = (int(records.index_org[pair]), int(records.index_aug[pair]))
+            lam = float(records.lam[pair])
+            for image, share in zip(both, (lam, 1 - lam), strict=True):
+                for label in set(range(len(CLASSES))) - {int(labels[one]) for one in both}:
+                    total[image, label] += share * p[label]
+                    weight[image, label] += share
+    expected = np.divide(total, weight, out=np.zeros_like(total), where=weight > 0)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert (found[np.arange(len(labels)), labels] == 0).all()
+
+
+def test_the_command_trains_every_kind_once_and_reports_it(folder: Path, tmp_path: Path) -> None:
+    options = [
+        *(str(folder / "data"), "--dataset", "imagefolder", "--data-dir", str(folder / "train")),
+        *("--test-dir", str(folder / "test"), "--teacher-checkpoint", str(folder / "teacher.pt"), "--priors", "2"),
+        *("--student", "conv2-w8", "--epochs", "1", "--further", "0", "1", "--device", "cpu"),
+        *("--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")),
+    ]
+    assert main(options) == 0
+    (result,) = (tmp_path / "results").glob("*.json")
+    size = {row["kind"]: row["bytes_per_pair"] for row in json.loads(result.read_text())["students"]}
+    assert len(size) == 9
+    assert size["one-hot"] == 0 < size["compact"] == size["DBR"] == size["completed, 0 further, no priors"]
+    assert size["DBR"] < size["completed, 1 further, no priors"] < size["completed, 1 further, priors"]
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert main(options) == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == times
+    assert result.with_suffix(".png").stat().st_size > 1000
+    assert "| completed, 1 further, priors" in result.with_suffix(".md").read_text()

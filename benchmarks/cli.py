@@ -37,10 +37,11 @@ STUDENT_EPILOG = """\
 examples:
   nrrdd student digits-ipc10 --labels dbr
   nrrdd student cifar10-ipc10 --labels soft --teacher-checkpoint cifar10-teacher.pt --data-dir data/cifar10
-labels: dbr      the dataset's distances, with the DBR loss
-        soft     the teacher's whole output; it runs beside the student in every step
-        compact  the two stored distances as a two-class target
-        one-hot  the two classes, weighted by their share of the image
+labels: dbr            the dataset's distances, with the DBR loss
+        dbr-completed  the distances, what they leave to other classes spread by the images' priors
+        soft           the teacher's whole output; it runs beside the student in every step
+        compact        the two stored distances as a two-class target
+        one-hot        the two classes, weighted by their share of the image
 The result is the top-1 share on the source's real test images after the last epoch.
 """
 
@@ -190,7 +191,10 @@ def _add_teacher(parser: argparse.ArgumentParser) -> None:
 def _add_student(parser: argparse.ArgumentParser) -> None:
     add_dataset(parser)
     parser.add_argument(
-        "--labels", choices=("dbr", "soft", "compact", "one-hot"), default="dbr", help="what to learn from (dbr)"
+        "--labels",
+        choices=("dbr", "dbr-completed", "soft", "compact", "one-hot"),
+        default="dbr",
+        help="what to learn from (dbr)",
     )
     add_source(parser)
     add_columns(parser)

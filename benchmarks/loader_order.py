@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 from unittest import mock
 
 import torch
@@ -71,8 +71,8 @@ class FullShuffle:
         """The batches of that epoch; the last may be smaller."""
         self._loader.set_epoch(self._epoch)
         batches = list(self._loader)
-        names = [field.name for field in fields(DBRBatch)]
-        whole = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
+        names = [name for name, value in vars(batches[0]).items() if isinstance(value, Tensor)]  # no priors: DBR labels
+        whole: dict[str, Any] = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
         shuffled = draws.permutation(self._seed, "full-shuffle", self._epoch, count=len(whole["lam"]))
         for start in range(0, len(shuffled), self._batch_size):
             places = torch.from_numpy(shuffled[start : start + self._batch_size])

@@ -270,8 +270,8 @@ def find_priors(job: Job) -> None:
             [draw_pairs(layout, shard, epoch) for epoch in range(PRIOR_EPOCHS)],
             model=job.teacher.model,
             temperature=job.settings.records.temperature,
-            mean=job.eyes.mean,
-            std=job.eyes.std,
+            mean=job.mean,
+            std=job.std,
         )
         job.priors.save_array(MASSES.format(shard), masses)
     job.ranks.meet()

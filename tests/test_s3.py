@@ -5,14 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-from make_dataset import make_tiny_dataset
+from make_dataset import batch_columns, make_tiny_dataset
 
-from loaders import DBRBatch, DBRLoader
+from loaders import DBRLoader
 from nrrdd_format.errors import FormatError
 
 WHY = "needs the extra 'stores'"
@@ -44,7 +43,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, options: dict[str, Any]) -
 
 
 def keys(loader: DBRLoader) -> list[tuple[bytes, ...]]:
-    return [tuple(getattr(batch, f.name).numpy().tobytes() for f in fields(DBRBatch)) for batch in loader]
+    return [tuple(column.numpy().tobytes() for column in batch_columns(batch).values()) for batch in loader]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -91,7 +91,8 @@ class Job:
     @property
     def stages(self) -> tuple[Stage, ...]:
         """The stages this build goes through."""
-        labelling = (self.encoding, self.relabeling, self.writing)
+        priors = () if self.settings.records.priors is None else (self.priors,)
+        labelling = (self.encoding, self.relabeling, *priors, self.writing)
         return labelling if self.given is not None else (self.scan, self.discovery, self.refinement, *labelling)
 
     @property

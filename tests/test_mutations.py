@@ -29,6 +29,7 @@ from nrrdd_format import fields, json_checks, manifest, records, shard_header, v
 from nrrdd_format.errors import FormatError
 from nrrdd_format.manifest import MANIFEST_NAME
 from nrrdd_format.pairs import PairRecords
+from nrrdd_format.priors import Priors
 from nrrdd_format.shards import ShardReader
 
 SEED = 0
@@ -156,8 +157,9 @@ BROKEN: list[tuple[object, str, Callable[..., Any], str, str]] = [
     (verify, "unread_faults", no_problems, "dirty padding", "expected refused or verify"),
     (ShardReader, "_check_against", nothing, "lie in manifest", "expected refused"),
     (ShardReader, "records", swapped_distances, "change block content", "do not encode to the blocks"),
-    (manifest, "_check_version", nothing, "future major version", "expected refused"),
-    (shard_header, "_check_version", nothing, "future major version", "expected refused"),
+    (manifest, "check_version", nothing, "future major version", "expected refused"),
+    (shard_header, "check_version", nothing, "future major version", "expected refused"),
+    (Priors, "check_labels", nothing, "lie in priors", "expected refused"),
     (shard_header, "bounded", anything, "lie in records head", "expected refused"),
     (json_checks, "_unique", dict, "repeat key", "expected refused"),
     (json_checks, "_no_constant", float, "not finite numbers", "expected refused"),

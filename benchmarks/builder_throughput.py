@@ -283,6 +283,7 @@ def _refine(bench: Bench, settings: RefinementSettings) -> None:
 def _relabel(bench: Bench) -> Callable[[], object]:
     count, size = len(bench.images), bench.images.shape[-1]
     layout = RecordLayout(
+        classes=SOURCE_CLASSES,
         images=count,
         pairs=count,
         size=size,

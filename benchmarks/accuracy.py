@@ -1,8 +1,8 @@
 """Top-1 of students on the same images with different labels, and on different images with the same labels.
 
 `python -m benchmarks.accuracy --dataset digits --seeds 0 1 2 --out DIR` runs a grid of students, each cell once:
-started again, it goes on with those that are missing. Kinds of images: whole random training images, discovery alone,
-RDED's choice of patches, NRR, and NRR with label refinement.
+started again, it goes on with those that are missing, and `--collect` reports on those that are there. Kinds of images
+and labels are those of `benchmarks.grid`.
 """
 
 from __future__ import annotations
@@ -13,25 +13,22 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, get_args
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.command import add_device, add_source, pick_device, run
-from benchmarks.grid import Cell, Grid, ImageKind, Result, run_grid
+from benchmarks.grid import IMAGES, LABELS, Cell, Grid, Table, read_cells, run_grid
 from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
 from benchmarks.spread import difference, spread
-from benchmarks.student import Labels
 from benchmarks.teacher import TeacherConfig
 from builders.sources import Source, load_source
+from nrrdd_format.errors import ConfigError
 from nrrdd_format.files import atomic_write
 
 MODULE = "benchmarks.accuracy"
 RESULTS = Path("benchmarks") / "results"
-LABELS: tuple[Labels, ...] = ("one-hot", "compact", "dbr", "soft")
-
-Table = dict[Cell, Result]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,16 +74,24 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--images",
         nargs="+",
-        choices=get_args(ImageKind),
+        choices=tuple(IMAGES),
+        metavar="KIND",
         default=["random-real", "nrr", "nrr+lr"],
-        help="kinds of images (random-real nrr nrr+lr)",
+        help=f"of {', '.join(IMAGES)} (random-real nrr nrr+lr)",
     )
-    parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS), help="kinds of labels (all)")
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        choices=tuple(LABELS),
+        metavar="KIND",
+        default=["one-hot", "compact", "dbr", "soft"],
+        help=f"of {', '.join(LABELS)} (one-hot compact dbr soft)",
+    )
     parser.add_argument("--student", metavar="ARCH", help="the students' network (the dataset's default)")
     parser.add_argument("--teacher", metavar="ARCH", help="the network to train as teacher (the dataset's default)")
     parser.add_argument("--teacher-epochs", type=int, metavar="N", help="of its training (preset's)")
     parser.add_argument("--teacher-checkpoint", type=Path, metavar="FILE", help="a trained teacher (OUT/teacher.pt)")
-    parser.add_argument("--soft-temperature", type=float, default=1.0, metavar="T", help="of soft labels (1; RDED: 20)")
+    parser.add_argument("--collect", action="store_true", help="run nothing: report on the cells that OUT holds")
     add_device(parser)
     return parser
 
@@ -95,7 +100,9 @@ def measure_accuracy(options: argparse.Namespace) -> int:
     """Runs the grid, prints the report and writes it; returns the exit status."""
     source = load_source(options.source, data_dir=options.data_dir, test_dir=options.test_dir)
     grid = make_grid(options, source)
-    table = dict(run_grid(grid, source))
+    table = read_cells(grid, grid.cells()) if options.collect else run_grid(grid, source)
+    if not table:
+        raise ConfigError(f"--collect: {grid.out} holds no cell of this grid; run it without --collect first")
     text = report(grid, table)
     print(f"\n{text}")
     _write_results(options.results, grid, table, text)
@@ -122,7 +129,6 @@ def make_grid(options: argparse.Namespace, source: Source) -> Grid:
         student=options.student or source.default_model,
         epochs=options.epochs or preset.epochs,
         iterations=preset.iterations if options.iterations is None else options.iterations,
-        soft_temperature=options.soft_temperature,
         device=device,
     )
 
@@ -134,8 +140,8 @@ def report(grid: Grid, table: Table) -> str:
     return "\n\n".join(
         [
             f"Teacher {teacher}; student {grid.student}; {grid.epochs} epochs stored and trained; {grid.iterations} "
-            f"steps of refinement; {len(grid.seeds)} seeds. Top-1 in % on the real test images after the last epoch, "
-            "mean ± standard deviation over seeds.",
+            f"steps of refinement; {len(grid.seeds)} seeds. Top-1 in % on {first.test_images:,} real test images after "
+            f"the last epoch, mean ± standard deviation over seeds.{_gaps(grid, table)}",
             accuracy_table(grid, table),
             "Differences between cells of the same seed, in points of top-1 (mean ± standard deviation over seeds):",
             difference_table(grid, table),
@@ -152,7 +158,7 @@ def accuracy_table(grid: Grid, table: Table) -> str:
     for ipc in grid.ipcs:
         for images in grid.images:
             tops = {labels: top1(grid, table, ipc, images, labels) for labels in grid.labels}
-            cells = [spread(values) for values in tops.values()]
+            cells = [spread(list(values.values())) if values else "-" for values in tops.values()]
             rows.append([f"IPC {ipc}, {images}", *cells, *([recovery(tops)] if shows_recovery else [])])
     return markdown_table(["images", *grid.labels, *(["recovered %"] if shows_recovery else [])], rows)
 
@@ -163,12 +169,12 @@ def difference_table(grid: Grid, table: Table) -> str:
     for ipc in grid.ipcs:
         for images in grid.images:
             for before, after in combinations(grid.labels, 2):
-                pair = (top1(grid, table, ipc, images, before), top1(grid, table, ipc, images, after))
-                rows.append([f"IPC {ipc}, {images}: {after} − {before}", difference(*pair)])
+                pair = paired(top1(grid, table, ipc, images, before), top1(grid, table, ipc, images, after))
+                rows.append([f"IPC {ipc}, {images}: {after} − {before}", pair])
         for labels in grid.labels:
             for start, end in combinations(grid.images, 2):
-                pair = (top1(grid, table, ipc, start, labels), top1(grid, table, ipc, end, labels))
-                rows.append([f"IPC {ipc}, {labels}: {end} − {start}", difference(*pair)])
+                pair = paired(top1(grid, table, ipc, start, labels), top1(grid, table, ipc, end, labels))
+                rows.append([f"IPC {ipc}, {labels}: {end} − {start}", pair])
     return markdown_table(["compared", "points"], rows)
 
 
@@ -177,26 +183,42 @@ def bytes_table(grid: Grid, table: Table) -> str:
     rows = []
     for ipc in grid.ipcs:
         for images in grid.images:
-            cells = [table[Cell(ipc=ipc, images=images, labels=labels, seed=grid.seeds[0])] for labels in grid.labels]
-            labels = [f"{cell.bytes_labels:,.0f}" for cell in cells]
-            rows.append([f"IPC {ipc}, {images}", f"{cells[0].bytes_images:,}", *labels])
+            cells = [Cell(ipc=ipc, images=images, labels=labels, seed=grid.seeds[0]) for labels in grid.labels]
+            labels = [f"{table[cell].bytes_labels:,.0f}" if cell in table else "-" for cell in cells]
+            image_bytes = next((f"{table[cell].bytes_images:,}" for cell in cells if cell in table), "-")
+            rows.append([f"IPC {ipc}, {images}", image_bytes, *labels])
     return markdown_table(["images", "image bytes", *(f"{labels} bytes" for labels in grid.labels)], rows)
 
 
-def top1(grid: Grid, table: Table, ipc: int, images: ImageKind, labels: Labels) -> list[float]:
-    """Top-1 in percent, one value a seed."""
-    return [100 * table[Cell(ipc=ipc, images=images, labels=labels, seed=seed)].top1 for seed in grid.seeds]
+def top1(grid: Grid, table: Table, ipc: int, images: str, labels: str) -> dict[int, float]:
+    """Top-1 in percent by seed, of the seeds whose cell is there."""
+    cells = {seed: Cell(ipc=ipc, images=images, labels=labels, seed=seed) for seed in grid.seeds}
+    return {seed: 100 * table[cell].top1 for seed, cell in cells.items() if cell in table}
 
 
-def recovery(tops: dict[Labels, list[float]]) -> str:
+def paired(before: dict[int, float], after: dict[int, float]) -> str:
+    """What the seeds gained that both have; a dash without any."""
+    seeds = [seed for seed in before if seed in after]
+    return difference([before[seed] for seed in seeds], [after[seed] for seed in seeds]) if seeds else "-"
+
+
+def recovery(tops: dict[str, dict[int, float]]) -> str:
     """(dbr − one-hot) / (soft − one-hot) of the means, in percent; a dash where soft labels bring nothing."""
-    gain = mean(tops["soft"]) - mean(tops["one-hot"])
-    return f"{100 * (mean(tops['dbr']) - mean(tops['one-hot'])) / gain:.0f}" if gain > 0 else "-"
+    if not (tops["one-hot"] and tops["dbr"] and tops["soft"]):
+        return "-"
+    one_hot, dbr, soft = (mean(tops[labels].values()) for labels in ("one-hot", "dbr", "soft"))
+    return f"{100 * (dbr - one_hot) / (soft - one_hot):.0f}" if soft > one_hot else "-"
+
+
+def _gaps(grid: Grid, table: Table) -> str:
+    count = sum(1 for _ in grid.cells())
+    return "" if len(table) == count else f" Incomplete: {len(table)} of {count} students."
 
 
 def plot(path: Path, grid: Grid, table: Table) -> None:
     """Writes a PNG: one panel for each number of images per class, a group of bars for each kind of images."""
-    figure = Figure(figsize=(4.5 * len(grid.ipcs) + 1, 3.6), layout="constrained")
+    width = max(4.5, 1.3 * len(grid.images))
+    figure = Figure(figsize=(width * len(grid.ipcs) + 1, 3.6), layout="constrained")
     panels = figure.subplots(1, len(grid.ipcs), squeeze=False, sharey=True)[0]
     for axis, ipc in zip(panels, grid.ipcs, strict=True):
         _draw_panel(axis, grid, table, ipc)
@@ -209,11 +231,11 @@ def plot(path: Path, grid: Grid, table: Table) -> None:
 def _draw_panel(axis: Axes, grid: Grid, table: Table, ipc: int) -> None:
     width = 0.8 / len(grid.labels)
     for number, labels in enumerate(grid.labels):
-        values = [top1(grid, table, ipc, images, labels) for images in grid.images]
+        values = [list(top1(grid, table, ipc, images, labels).values()) for images in grid.images]
         places = [group + (number - (len(grid.labels) - 1) / 2) * width for group in range(len(grid.images))]
         error = [stdev(each) if len(each) > 1 else 0.0 for each in values]
-        axis.bar(places, [mean(each) for each in values], width, yerr=error, capsize=2, label=labels)
-    axis.set_xticks(range(len(grid.images)), grid.images)
+        axis.bar(places, [mean(each) if each else 0.0 for each in values], width, yerr=error, capsize=2, label=labels)
+    axis.set_xticks(range(len(grid.images)), grid.images, rotation=20 if len(grid.images) > 4 else 0, ha="center")
     axis.set_title(f"{grid.dataset}, IPC {ipc}")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.footprint import codings_of, measure_as, soft_label_bytes
-from benchmarks.grid import ImageKind, image_kind
+from benchmarks.grid import image_kind
 from benchmarks.results_io import markdown_table
 from benchmarks.spread import spread
 from builders.assembly import METHOD
@@ -75,8 +75,8 @@ def _points(cells: Sequence[dict[str, Any]], dataset: DistilledDataset) -> Itera
             yield Point(images=title(manifest), labels=name, bytes=size, top1=tops)
 
 
-def built_kind(manifest: Manifest) -> ImageKind | None:
-    """The kind of images; None of a dataset that was not built here, so that no student here has seen it."""
+def built_kind(manifest: Manifest) -> str | None:
+    """The kind of images; None where no student here has seen such: not built here, or no kind of the grid."""
     return image_kind(manifest.method) if manifest.method.get("name") == METHOD else None
 
 

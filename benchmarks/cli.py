@@ -192,7 +192,7 @@ def _add_student(parser: argparse.ArgumentParser) -> None:
     add_dataset(parser)
     parser.add_argument(
         "--labels",
-        choices=("dbr", "dbr-completed", "soft", "compact", "one-hot"),
+        choices=("dbr", "dbr-completed", "soft", "soft-top5", "compact", "one-hot"),
         default="dbr",
         help="what to learn from (dbr)",
     )

@@ -51,8 +51,8 @@ def demonstrate(out: Path, device: str) -> int:
         flush=True,
     )
     results = run_grid(grid, load_source(grid.dataset, data_dir=None))
-    folder = dataset_path(grid, results[0][0])
-    print(f"\n{result_table([result for _, result in results])}\n\nimages: {folder / CONTACT_SHEET}")
+    folder = dataset_path(grid, next(iter(results)))
+    print(f"\n{result_table(list(results.values()))}\n\nimages: {folder / CONTACT_SHEET}")
     return 0
 
 

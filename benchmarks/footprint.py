@@ -177,11 +177,12 @@ def recode(dataset: DistilledDataset, coding: Coding, out: Path) -> None:
     replace(recoded, shards=entries).save(out / MANIFEST_NAME)
 
 
-def soft_label_bytes(dataset: DistilledDataset) -> float:
-    """Bytes of fp16 soft labels for all of a dataset's pairs: one epoch, written and measured, times the epochs."""
+def soft_label_bytes(dataset: DistilledDataset, form: Form = "fp16") -> float:
+    """Bytes of soft labels for all of a dataset's pairs: one epoch, written and measured, times the epochs."""
     manifest = dataset.manifest
     pairs = epoch_pairs(dataset)
-    each = fkd_bytes_per_pair(pairs, size=manifest.images.size, num_classes=len(manifest.dataset.class_names))
+    classes = len(manifest.dataset.class_names)
+    each = fkd_bytes_per_pair(pairs, size=manifest.images.size, num_classes=classes, form=form)
     return each * len(pairs) * manifest.records.epochs
 
 

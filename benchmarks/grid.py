@@ -1,31 +1,70 @@
-"""Builds datasets, trains students on them and keeps every result: what the accuracy benchmark and the demo run.
+"""Builds datasets, trains students on them and keeps every result: what the accuracy benchmarks and the demo run.
 
-A cell is one student: images per class, kind of images, kind of labels, seed. Its result is a JSON file whose name
-holds all that determines it, so an interrupted grid goes on with the cells that are missing.
+A cell is one student: images per class, kind of images, kind of labels, seed, and what else differs from the defaults.
+Its result is a JSON file whose name holds a digest of all that determines it, so an interrupted grid goes on with the
+cells that are missing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from benchmarks.footprint import measure, soft_label_bytes
+from benchmarks.footprint import Footprint, measure, soft_label_bytes
 from benchmarks.results_io import write_json
-from benchmarks.student import Labels, StudentConfig, train_student
+from benchmarks.student import StudentConfig, train_student
 from benchmarks.teacher import TeacherConfig, summary, train_and_save
-from builders.config import BuildConfig
+from builders.config import BuildConfig, Confidence, Init, Mask
 from builders.pipeline import build
 from builders.sources import Source
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.shards import file_sha256
 
-ImageKind = Literal["random-real", "discovery", "rded", "nrr", "nrr+lr"]
+Changes = tuple[tuple[str, Any], ...]
+"""Options that differ from their defaults: (name, JSON value), sorted by name."""
 
-KEY_DIGITS = 10
+
+@dataclass(frozen=True, kw_only=True)
+class ImageKind:
+    """What a kind of images starts from, and how it is refined; `mask` and `label_refinement` only matter if it is."""
+
+    init: Init = "cidd"
+    confidence: Confidence = "lowest"
+    refined: bool = False
+    mask: Mask = "non-critical"
+    label_refinement: bool = False
+
+
+IMAGES = {
+    "random-real": ImageKind(init="real"),
+    "rded": ImageKind(confidence="highest"),
+    "discovery": ImageKind(),
+    "random-patches": ImageKind(confidence="random"),
+    "nrr": ImageKind(refined=True),
+    "nrr+lr": ImageKind(refined=True, label_refinement=True),
+    "rded+nrr": ImageKind(confidence="highest", refined=True),
+    "random-patches+nrr": ImageKind(confidence="random", refined=True),
+    "real+nrr": ImageKind(init="real", refined=True),
+    "real+nrr+lr": ImageKind(init="real", refined=True, label_refinement=True),
+    "real+all-pixels": ImageKind(init="real", refined=True, mask="all"),
+    "noise+all-pixels": ImageKind(init="noise", refined=True, mask="all"),
+}
+"""Kinds of images by name. The last starts from noise and refines every pixel, as SRe2L does."""
+
+LABELS: dict[str, dict[str, Any]] = {
+    "one-hot": {"labels": "one-hot"},
+    "compact": {"labels": "compact"},
+    "dbr": {"labels": "dbr"},
+    "soft": {"labels": "soft"},
+    "soft-t20": {"labels": "soft", "soft_temperature": 20.0},
+    "fkd-top5": {"labels": "soft-top5"},
+}
+"""Kinds of labels by name: the student's options. RDED evaluates at temperature 20; FKD keeps the five highest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,19 +80,20 @@ class Grid:
     """Trained with `teacher` first where it is missing."""
     teacher: TeacherConfig
     ipcs: tuple[int, ...]
-    images: tuple[ImageKind, ...]
-    labels: tuple[Labels, ...]
+    images: tuple[str, ...]
+    """Names in `IMAGES`."""
+    labels: tuple[str, ...]
+    """Names in `LABELS`."""
     seeds: tuple[int, ...]
     student: str
     epochs: int
     """Of every student, and stored in every dataset."""
     iterations: int
     """Of refinement, for the kinds of images that are refined."""
-    soft_temperature: float = 1.0
     device: str = "cpu"
 
     def cells(self) -> Iterator[Cell]:
-        """All cells; those that share a dataset follow each other."""
+        """All cells, seed by seed; those that share a dataset follow each other."""
         for ipc in self.ipcs:
             for seed in self.seeds:
                 for images in self.images:
@@ -63,15 +103,18 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One student of a grid."""
+    """One student of a grid; `build` and `student` hold what its options differ in from its kind's."""
 
     ipc: int
-    images: ImageKind
-    labels: Labels
+    images: str
+    labels: str
     seed: int
+    build: Changes = ()
+    student: Changes = ()
 
     def __str__(self) -> str:
-        return f"IPC {self.ipc}, {self.images} images, {self.labels} labels, seed {self.seed}"
+        changes = "".join(f", {name} {value}" for name, value in self.build + self.student)
+        return f"IPC {self.ipc}, {self.images} images, {self.labels} labels, seed {self.seed}{changes}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +122,12 @@ class Result:
     """What a cell came to.
 
     Attributes:
+        build, student_options: what the cell's options differ in from its kind's.
         top1: share of the real test images the student gets right after its last epoch.
+        test_images: how many there are.
         bytes_images: the encoded images.
         bytes_labels: what these labels take: nothing for one-hot, the dataset's labels for dbr and compact, a store of
-            fp16 soft labels for soft.
+            fp16 soft labels, or of five a pair, for the others.
         bytes_soft_labels: what soft labels of the same pairs take, measured on files.
         clipped_share: see `StudentResult`.
     """
@@ -92,12 +137,15 @@ class Result:
     teacher: str
     teacher_top1: float | None
     student: str
-    images: ImageKind
-    labels: Labels
+    images: str
+    labels: str
     seed: int
     epochs: int
     iterations: int
+    build: dict[str, Any]
+    student_options: dict[str, Any]
     top1: float
+    test_images: int
     bytes_images: int
     bytes_labels: float
     bytes_soft_labels: float
@@ -105,55 +153,67 @@ class Result:
     seconds: float
 
 
-def run_grid(grid: Grid, source: Source) -> list[tuple[Cell, Result]]:
-    """Runs every cell that has no result yet, saying each on a line; returns all results in the grid's order."""
+Table = dict[Cell, Result]
+
+
+def run_grid(grid: Grid, source: Source, cells: Iterable[Cell] | None = None) -> Table:
+    """Runs those of the cells (None: all of the grid's) that have no result yet, a line for each; returns them all."""
     ensure_teacher(grid, source)
-    cells = list(grid.cells())
-    results = []
-    for number, cell in enumerate(cells, start=1):
-        result = run_cell(grid, cell, source)
-        results.append((cell, result))
-        print(f"[{number}/{len(cells)}] {cell}: top-1 {result.top1:.2%}", flush=True)
-    return results
+    wanted = list(grid.cells() if cells is None else cells)
+    table = read_cells(grid, wanted)
+    missing = [cell for cell in wanted if cell not in table]
+    started = time.perf_counter()
+    for number, cell in enumerate(missing, start=1):
+        table[cell] = run_cell(grid, cell, source)
+        left = (time.perf_counter() - started) / number * (len(missing) - number)
+        done = len(wanted) - len(missing) + number
+        print(f"[{done}/{len(wanted)}] {cell}: top-1 {table[cell].top1:.2%}, {_about(left)} left", flush=True)
+    return {cell: table[cell] for cell in wanted}
+
+
+def read_cells(grid: Grid, cells: Iterable[Cell]) -> Table:
+    """The results of those cells that have one, in the order given."""
+    paths = ((cell, cell_path(grid, cell)) for cell in cells)
+    return {cell: Result(**json.loads(path.read_text())) for cell, path in paths if path.is_file()}
 
 
 def run_cell(grid: Grid, cell: Cell, source: Source) -> Result:
-    """The result of a cell: read where it is there, else built, trained, tested and written."""
-    path = cell_path(grid, cell)
-    if path.is_file():
-        return Result(**json.loads(path.read_text()))
+    """Builds, trains and tests a cell; writes its result and returns it."""
     dataset = dataset_path(grid, cell)
     if not dataset.is_dir():  # a folder under its final name is whole
         build(build_config(grid, cell))
-    config = StudentConfig(
-        labels=cell.labels,
-        architecture=grid.student,
-        epochs=grid.epochs,
-        soft_temperature=grid.soft_temperature,
-        teacher_checkpoint=grid.teacher_checkpoint,
-        seed=cell.seed,
-        device=grid.device,
-    )
-    student = train_student(dataset, source, config)
+    student = train_student(dataset, source, student_config(grid, cell))
     with open_dataset(dataset) as opened:
-        footprint, soft, teacher = measure(opened), soft_label_bytes(opened), opened.manifest.teacher
+        footprint, teacher = measure(opened), opened.manifest.teacher
+        soft, top5 = soft_label_bytes(opened), soft_label_bytes(opened, "top5")
     result = Result(
         dataset=grid.dataset,
-        **asdict(cell),
+        ipc=cell.ipc,
         teacher=teacher.architecture,
         teacher_top1=teacher.top1,
         student=grid.student,
+        images=cell.images,
+        labels=cell.labels,
+        seed=cell.seed,
         epochs=grid.epochs,
-        iterations=grid.iterations,
+        iterations=build_config(grid, cell).iterations,
+        build=dict(cell.build),
+        student_options=dict(cell.student),
         top1=student.top1,
+        test_images=student.test_images,
         bytes_images=footprint.image_data,
-        bytes_labels={"one-hot": 0.0, "soft": soft}.get(cell.labels, footprint.labels),
+        bytes_labels=_label_bytes(cell.labels, footprint, soft, top5),
         bytes_soft_labels=soft,
         clipped_share=student.clipped_share,
         seconds=student.seconds,
     )
-    write_json(path, asdict(result))
+    write_json(cell_path(grid, cell), asdict(result))
     return result
+
+
+def _label_bytes(labels: str, footprint: Footprint, soft: float, top5: float) -> float:
+    kind = LABELS[labels]["labels"]
+    return {"one-hot": 0.0, "soft": soft, "soft-top5": top5}.get(kind, float(footprint.labels))
 
 
 def ensure_teacher(grid: Grid, source: Source) -> None:
@@ -165,48 +225,85 @@ def ensure_teacher(grid: Grid, source: Source) -> None:
 
 def build_config(grid: Grid, cell: Cell) -> BuildConfig:
     """The build of a cell's images; builds of one seed share the results of the stages they have in common."""
-    base = BuildConfig(
+    return replace(_build_options(grid, cell), out=dataset_path(grid, cell))
+
+
+def _build_options(grid: Grid, cell: Cell) -> BuildConfig:
+    """The build, into a folder that is not named yet."""
+    kind = IMAGES[cell.images]
+    config = BuildConfig(
         dataset=grid.dataset,
         data_dir=grid.data_dir,
         test_dir=grid.test_dir,
-        out=dataset_path(grid, cell),
+        out=grid.out,
         work_dir=grid.out / "work" / f"seed{cell.seed}",
         ipc=cell.ipc,
         teacher_checkpoint=grid.teacher_checkpoint,
-        iterations=grid.iterations,
+        init=kind.init,
+        confidence=kind.confidence,
+        mask=kind.mask,
+        iterations=grid.iterations if kind.refined else 0,
         epochs=grid.epochs,
         seed=cell.seed,
         device=grid.device,
     )
-    if cell.images == "random-real":
-        return replace(base, init="real", iterations=0)
-    if cell.images == "discovery":
-        return replace(base, iterations=0)
-    if cell.images == "rded":
-        return replace(base, confidence="highest", iterations=0)
-    return replace(base, alpha_lr=0.0) if cell.images == "nrr" else base
+    if not kind.label_refinement:
+        config = replace(config, alpha_lr=0.0)
+    return replace(config, **dict(cell.build))
 
 
-def image_kind(method: dict[str, Any]) -> ImageKind:
-    """The kind of images that a build with these settings (the manifest's `method`) makes: `build_config`'s inverse."""
-    if method["refinement"]["iterations"]:
-        return "nrr+lr" if method["refinement"]["alpha_lr"] else "nrr"
-    if method["discovery"]["init"] == "real":
-        return "random-real"
-    return "rded" if method["discovery"]["confidence"] == "highest" else "discovery"
+def student_config(grid: Grid, cell: Cell) -> StudentConfig:
+    """How a cell's student is trained."""
+    options = LABELS[cell.labels] | dict(cell.student)
+    return StudentConfig(
+        **options,
+        architecture=grid.student,
+        epochs=grid.epochs,
+        teacher_checkpoint=grid.teacher_checkpoint,
+        seed=cell.seed,
+        device=grid.device,
+    )
+
+
+def image_kind(method: dict[str, Any]) -> str | None:
+    """The name of the kind that a build with these settings (the manifest's `method`) is of; None if it is of none."""
+    discovery, refinement = method["discovery"], method["refinement"]
+    refined = bool(refinement["iterations"])
+    kind = ImageKind(
+        init=discovery["init"],
+        confidence=discovery["confidence"] if discovery["init"] == "cidd" else ImageKind.confidence,
+        refined=refined,
+        mask=refinement.get("mask", ImageKind.mask) if refined else ImageKind.mask,
+        label_refinement=refined and refinement["alpha_lr"] > 0,
+    )
+    return next((name for name, known in IMAGES.items() if known == kind), None)
 
 
 def dataset_path(grid: Grid, cell: Cell) -> Path:
     """The folder of a cell's dataset."""
-    key = _key(grid.dataset, file_sha256(grid.teacher_checkpoint), grid.iterations, grid.epochs)
+    options = asdict(_build_options(grid, cell))
+    decisive = {name: value for name, value in options.items() if name not in PLACES}
+    key = _key(decisive, file_sha256(grid.teacher_checkpoint))
     return grid.out / "datasets" / f"ipc{cell.ipc}-{cell.images}-seed{cell.seed}-{key}"
 
 
 def cell_path(grid: Grid, cell: Cell) -> Path:
     """The file of a cell's result."""
-    key = _key(dataset_path(grid, cell).name, grid.student, grid.soft_temperature if cell.labels == "soft" else None)
+    options = asdict(student_config(grid, cell))
+    decisive = {name: value for name, value in options.items() if name not in PLACES}
+    key = _key(dataset_path(grid, cell).name, decisive)
     return grid.out / "cells" / f"ipc{cell.ipc}-{cell.images}-{cell.labels}-seed{cell.seed}-{key}.json"
 
 
-def _key(*values: str | float | None) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:KEY_DIGITS]
+PLACES = ("data_dir", "test_dir", "out", "work_dir", "teacher_checkpoint", "device", "threads")
+"""Options that do not decide what comes out: where things lie and run. Of the teacher its bytes count."""
+
+KEY_DIGITS = 10
+
+
+def _key(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
+
+
+def _about(seconds: float) -> str:
+    return f"about {seconds / 60:.0f} min" if seconds >= 60 else f"about {seconds:.0f} s"

@@ -33,9 +33,12 @@ from nrrdd_format.dataset import open_dataset
 from nrrdd_format.errors import ConfigError, DataError, TeacherError
 from nrrdd_format.manifest import Manifest
 
-Labels = Literal["dbr", "dbr-completed", "soft", "compact", "one-hot"]
+Labels = Literal["dbr", "dbr-completed", "soft", "soft-top5", "compact", "one-hot"]
 Sce = Literal["sample", "batch", "target", "entropy"]
 Distance = Literal["l1", "huber", "squared"]
+
+TOP = 5
+"""Probabilities that top-5 labels keep."""
 
 IMAGENET_CLASSES = 1000
 """The classes that torchvision's pretrained networks know."""
@@ -224,7 +227,7 @@ def make_terms(config: StudentConfig, manifest: Manifest) -> BatchTerms:
     if config.labels == "dbr":
         temperature = manifest.records.temperature
         return DBRLoss(radius=config.radius, sce=config.sce, distance=config.distance, temperature=temperature).terms
-    if config.labels == "soft":
+    if config.labels in ("soft", "soft-top5"):
         return _soft_terms(load_dataset_teacher(manifest, config.teacher_checkpoint, config.device), config)
     losses = {
         "compact": CompactLoss(),
@@ -272,7 +275,7 @@ def load_dataset_teacher(manifest: Manifest, checkpoint: Path | Sequence[Path] |
 
 
 def _soft_terms(teacher: Teacher, config: StudentConfig) -> BatchTerms:
-    loss = SoftLoss(config.soft_temperature)
+    loss = SoftLoss(config.soft_temperature, top=TOP if config.labels == "soft-top5" else None)
 
     def soft(logits: Tensor, batch: DBRBatch) -> dict[str, Tensor]:
         with torch.no_grad():

@@ -23,7 +23,7 @@ from builders.preview import (
     preview_dataset,
     shown_images,
 )
-from builders.refinement import non_critical_mask
+from builders.refinement import step_mask
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.errors import OutputError
 from nrrdd_format.files import atomic_write
@@ -220,9 +220,7 @@ def _draw_pictures(job: Job, folder: Path) -> None:
 
 def _masks(job: Job, initial: Images, labels: NDArray[np.int64]) -> Masks:
     targets = torch.from_numpy(labels).to(job.device)
-    mask: Masks = (
-        non_critical_mask(job.eyes, job.eyes.see(initial), targets, job.settings.refinement.epsilon).cpu().numpy()
-    )
+    mask: Masks = step_mask(job.eyes, job.eyes.see(initial), targets, job.settings.refinement)[:, 0].cpu().numpy()
     return mask
 
 

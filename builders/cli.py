@@ -153,7 +153,9 @@ def _add_teacher(group: argparse._ArgumentGroup) -> None:
 
 def _add_discovery(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--init", choices=get_args(options.Init), help="cidd: the paper's; real: whole random training images"
+        "--init",
+        choices=get_args(options.Init),
+        help="cidd: the paper's; real: whole random training images; noise",
     )
     group.add_argument("--confidence", choices=get_args(options.Confidence), help="which patches to keep (lowest)")
     group.add_argument(
@@ -167,7 +169,9 @@ def _add_refinement(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--batch-size", type=int, metavar="N", help="images refined together (100)")
     group.add_argument("--learning-rate", type=float, metavar="X", help="Adam's rate (0.05)")
     group.add_argument("--schedule", choices=get_args(options.Schedule), help="of the learning rate (cosine)")
+    group.add_argument("--mask", choices=get_args(options.Mask), help="pixels to refine (non-critical)")
     group.add_argument("--epsilon", type=float, metavar="X", help="threshold of the mask (0.5)")
+    group.add_argument("--cam-every", type=int, metavar="N", help="steps between new activation maps; 0 (default): one")
     group.add_argument("--alpha-bn", type=float, metavar="X", help="weight of the BatchNorm loss (0.01)")
     group.add_argument("--alpha-lr", type=float, metavar="X", help="weight of label refinement (1); 0: off")
     group.add_argument("--label-refinement", choices=get_args(options.LabelRefinement), help="its form (soft)")

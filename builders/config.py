@@ -20,9 +20,10 @@ from nrrdd_format.limits import MAX_CLASSES, MAX_DRAWN_IMAGES, MAX_EPOCHS, MAX_I
 BLOCK_PAIRS = 20_000
 """Pairs that are compressed together, about: fewer cost bytes, more cost time where one epoch is read."""
 
-Init = Literal["cidd", "real"]
+Init = Literal["cidd", "real", "noise"]
 Confidence = Literal["lowest", "highest", "random"]
 CropScore = Literal["mean", "sum"]
+Mask = Literal["non-critical", "binary", "all"]
 Schedule = Literal["cosine", "constant"]
 LabelRefinement = Literal["soft", "pair"]
 Mix = Literal["cutmix", "mixup", "both"]
@@ -39,7 +40,8 @@ class DiscoverySettings:
     beta: int
     """Patches in one synthetic image; a square number."""
     init: Init
-    """`cidd` is the paper's stage; `real` takes whole random training images (the paper's Table 13 and a baseline)."""
+    """`cidd` is the paper's stage; `real` takes whole random training images (the paper's Table 13 and a baseline);
+    `noise` is normal in the teacher's normalised space (SRe2L's start)."""
     confidence: Confidence
     """Which patches of the pool are kept (the paper's Table 9)."""
     crop_score: CropScore
@@ -59,12 +61,12 @@ class DiscoverySettings:
     @property
     def images_needed(self) -> int:
         """Training images of a class that are looked at, at most."""
-        return self.ipc if self.init == "real" else self.pool_factor * self.patches
+        return self.pool_factor * self.patches if self.init == "cidd" else self.ipc
 
     @property
     def images_required(self) -> int:
         """Fewest usable images of a class with which the stage can run."""
-        return self.ipc if self.init == "real" else math.ceil(self.patches / self.crops)
+        return math.ceil(self.patches / self.crops) if self.init == "cidd" else self.ipc
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +77,13 @@ class RefinementSettings:
     """Steps for each batch; 0 leaves the initial images as they are."""
     learning_rate: float
     schedule: Schedule
+    mask: Mask
+    """`non-critical`: M = max(0, ε − C), the paper's; `binary`: M = 1 where C < ε, which a mask on the gradient comes
+    to under Adam; `all`: M = 1 everywhere (SRe2L)."""
     epsilon: float
-    """Threshold of the mask M = max(0, ε − C)."""
+    """Threshold of the mask."""
+    cam_every: int
+    """Steps after which C is computed anew from the images as they are; 0: it stays that of the initial images."""
     alpha_bn: float
     alpha_lr: float
     label_refinement: LabelRefinement
@@ -193,7 +200,9 @@ class BuildConfig:
     confidence: Confidence = "lowest"
     crop_score: CropScore = "mean"
     beta: int | None = None
+    mask: Mask = "non-critical"
     epsilon: float = 0.5
+    cam_every: int = 0
     iterations: int = 2000
     learning_rate: float = 0.05
     schedule: Schedule = "cosine"
@@ -242,6 +251,7 @@ class BuildConfig:
         _between("--mixes", self.mixes, 1, MAX_MIXES)
         _between("--priors", self.priors, 0, MAX_CLASSES - 1)
         _between("--epsilon", self.epsilon, 0, 1)
+        _at_least("--cam-every", self.cam_every, 0)
         _positive("--learning-rate", self.learning_rate)
         _between("--temperature", self.temperature, 1e-3, 1e3)
         _at_least("--alpha-bn", self.alpha_bn, 0)
@@ -308,7 +318,9 @@ def plan_settings(config: BuildConfig, source: Source, given_codec: Codec | None
             iterations=config.iterations,
             learning_rate=config.learning_rate,
             schedule=config.schedule,
+            mask=config.mask,
             epsilon=config.epsilon,
+            cam_every=config.cam_every,
             alpha_bn=config.alpha_bn,
             alpha_lr=config.alpha_lr,
             label_refinement=config.label_refinement,

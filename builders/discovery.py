@@ -96,11 +96,24 @@ def discover_groups(
     def taken(group: Sequence[int]) -> dict[int, list[int]]:
         return {label: [int(index) for index in usable[label][: settings.images_needed]] for label in group}
 
+    if settings.init == "noise":
+        yield from (_noise(group, eyes, settings, seed) for group in groups)
+        return
     order = (index for group in groups for indices in taken(group).values() for index in indices)
     with closing(read_ahead(train.read, order, threads)) as pixels:
         for group in groups:
             images = taken(group)
             yield _whole(images, pixels) if settings.init == "real" else _mosaics(images, pixels, eyes, settings, seed)
+
+
+def _noise(group: Sequence[int], eyes: Eyes, settings: DiscoverySettings, seed: int) -> DiscoveredGroup:
+    """Standard normal values in the teacher's normalised space, as images."""
+    size, classes = eyes.activation.image_size, []
+    for label in group:
+        values = draws.generator(seed, "discovery-noise", label).standard_normal((settings.ipc, size, size, 3))
+        shown = ((values * eyes.std + eyes.mean) * 255).round().clip(0, 255).astype(np.uint8)
+        classes.append(DiscoveredClass(label=label, images=np.ascontiguousarray(shown.transpose(0, 3, 1, 2))))
+    return DiscoveredGroup(classes=classes, flat_maps=0)
 
 
 def _whole(images: Mapping[int, Sequence[int]], pixels: Iterator[NDArray[np.uint8]]) -> DiscoveredGroup:

@@ -71,13 +71,14 @@ def refine_batch(
     """
     pixels = eyes.see(initial).contiguous(memory_format=torch.channels_last)
     targets = torch.from_numpy(labels).to(eyes.device)
-    mask = non_critical_mask(eyes, pixels, targets, settings.epsilon)
     objective = Objective(eyes, targets, settings, mixes, seed, batch)
     low, high = _pixel_range(eyes)
-    adam = MaskedAdam(pixels, mask[:, None], settings)
+    adam = MaskedAdam(pixels, step_mask(eyes, pixels, targets, settings), settings)
     losses: dict[str, float] = {}
     with objective.batchnorm:
         for step in range(settings.iterations):
+            if settings.cam_every and step and step % settings.cam_every == 0:
+                adam.mask = step_mask(eyes, pixels, targets, settings)
             gradient, terms = objective.gradient(pixels, step)
             pixels = adam.step(pixels, gradient, step).clamp_(low, high)
             if (step + 1) % REPORT_STEPS == 0 or step + 1 == settings.iterations:
@@ -86,10 +87,15 @@ def refine_batch(
     return RefinedBatch(images=_to_uint8(pixels, eyes), losses=losses)
 
 
-def non_critical_mask(eyes: Eyes, pixels: Tensor, targets: Tensor, epsilon: float) -> Tensor:
-    """M = max(0, ε − C), C the activation map of each image's class (Eq. 4): (B, S, S) float32; 0 keeps a pixel."""
-    cam: Tensor = eyes.activation(pixels, targets)[0]
-    return (epsilon - cam).clamp_min(0)
+def step_mask(eyes: Eyes, pixels: Tensor, targets: Tensor, settings: RefinementSettings) -> Tensor:
+    """M, the factor of every pixel's step: (B, 1, S, S) float32, 0 keeps a pixel.
+
+    It is max(0, ε − C), C the activation map of each image's class (Eq. 4), unless `settings.mask` says otherwise.
+    """
+    if settings.mask == "all":
+        return torch.ones_like(pixels[:, :1])
+    margin = settings.epsilon - eyes.activation(pixels, targets)[0][:, None]
+    return (margin > 0).float() if settings.mask == "binary" else margin.clamp_min(0)
 
 
 class Objective:
@@ -144,7 +150,7 @@ class MaskedAdam:
 
     def __init__(self, pixels: Tensor, mask: Tensor, settings: RefinementSettings, eps: float = 1e-8) -> None:
         self._mean, self._square = torch.zeros_like(pixels), torch.zeros_like(pixels)
-        self._mask, self._settings, self._eps = mask, settings, eps
+        self.mask, self._settings, self._eps = mask, settings, eps
 
     def learning_rate(self, step: int) -> float:
         """η at this step: cosine from the full rate towards 0, or constant."""
@@ -159,7 +165,7 @@ class MaskedAdam:
         self._square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         root = (self._square / (1 - beta2 ** (step + 1))).sqrt_().add_(self._eps)
         rate = self.learning_rate(step) / (1 - beta1 ** (step + 1))
-        return pixels - (self._mean * rate).div_(root).mul_(self._mask)
+        return pixels - (self._mean * rate).div_(root).mul_(self.mask)
 
 
 def jitter(pixels: Tensor, seed: int, batch: int, step: int) -> Tensor:

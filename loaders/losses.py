@@ -215,12 +215,16 @@ class SoftLoss(nn.Module):
 
     Args:
         temperature: T; RDED's evaluations use 20 with CutMix.
+        top: keep this many of the teacher's highest probabilities and spread the rest evenly over the other classes,
+            as FKD's compressed labels do; None keeps all.
     """
 
-    def __init__(self, temperature: float = 20.0) -> None:
+    def __init__(self, temperature: float = 20.0, *, top: int | None = None) -> None:
         super().__init__()
         _require(temperature > 0, f"temperature: found {temperature}, expected more than 0")
+        _require(top is None or top >= 1, f"top: found {top}, expected 1 or more, or None")
         self.temperature = temperature
+        self.top = top
 
     def forward(self, logits: Tensor, batch: DBRBatch, teacher_logits: Tensor) -> Tensor:
         """The loss of logits (B, C) against the teacher's (B, C) for `batch.images`: a float32 scalar."""
@@ -231,6 +235,8 @@ class SoftLoss(nn.Module):
         )
         student = _log_softmax(logits, self.temperature)
         teacher = _log_softmax(teacher_logits, self.temperature)
+        if self.top is not None and self.top < logits.shape[1]:
+            return F.kl_div(student, _even_below(teacher.exp(), self.top), reduction="batchmean")
         return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
@@ -273,6 +279,13 @@ def _spread_excess(labels: Tensor, capped: Tensor, cap: float) -> Tensor:
     excess = ((labels - cap) * capped).sum(1, keepdim=True)
     others = (~capped).sum(1, keepdim=True).clamp_min(1)
     return torch.where(capped, cap, labels + excess / others)
+
+
+def _even_below(p: Tensor, top: int) -> Tensor:
+    """The `top` highest of each row of probabilities (B, C), the rest spread evenly over the other classes."""
+    values, classes = p.topk(top, dim=1)
+    rest = (1 - values.sum(1, keepdim=True)).clamp_min(0) / (p.shape[1] - top)
+    return rest.expand_as(p).scatter(1, classes, values)
 
 
 def _soft_cross_entropy(log_p: Tensor, labels: Tensor) -> Tensor:

@@ -131,6 +131,20 @@ def test_fewer_images_than_the_pool_wants_give_several_crops_each(eyes: Eyes) ->
     assert len(np.unique(images.reshape(4, -1), axis=0)) == 4
 
 
+def test_noise_is_normal_for_the_teacher_and_another_for_each_class_and_seed(eyes: Eyes) -> None:
+    settings = replace(SETTINGS, init="noise", ipc=40)
+    assert (settings.images_needed, settings.images_required) == (40, 40)
+    first, again, other_class, other_seed = (
+        discover_class(_images(5), label, [3, 1, 4], eyes, settings, seed=seed).images
+        for label, seed in ((0, 0), (0, 0), (1, 0), (0, 1))
+    )
+    assert first.shape == (40, 3, 16, 16)
+    np.testing.assert_array_equal(first, again)
+    assert (first != other_class).any() and (first != other_seed).any()
+    inside = (eyes.see(first).abs() < 1).float().mean()
+    assert abs(float(inside) - 0.683) < 0.02
+
+
 def test_real_initialisation_takes_whole_images(eyes: Eyes) -> None:
     train = _images(5)
     (images,) = _discover(train, [[3, 1, 4]], eyes, replace(SETTINGS, init="real"))

@@ -14,6 +14,7 @@ import torch
 from make_dataset import make_tiny_dataset
 from tiny_dataset import tiny_manifest, write_tiny
 
+from benchmarks import grid as grids
 from benchmarks import storage_footprint
 from benchmarks.exact_distances import load_sample
 from benchmarks.fkd_store import FkdStore
@@ -27,7 +28,7 @@ from benchmarks.footprint import (
     recode,
     soft_label_bytes,
 )
-from benchmarks.grid import Cell, Grid, ImageKind, build_config, image_kind
+from benchmarks.grid import Cell, Grid, build_config, image_kind
 from benchmarks.model_shard import write_model_shard
 from benchmarks.model_store import measure_import
 from benchmarks.teacher import TeacherConfig
@@ -314,8 +315,8 @@ def test_a_file_that_is_no_accuracy_result_ends_with_one_line(
     assert "not a result of benchmarks.accuracy" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("images", ["random-real", "discovery", "rded", "nrr", "nrr+lr"])
-def test_the_kind_of_images_is_read_back_from_a_build(images: ImageKind, tmp_path: Path) -> None:
+@pytest.mark.parametrize("images", tuple(grids.IMAGES))
+def test_the_kind_of_images_is_read_back_from_a_build(images: str, tmp_path: Path) -> None:
     grid = Grid(
         dataset="digits",
         out=tmp_path,

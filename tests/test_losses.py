@@ -332,6 +332,17 @@ def test_soft() -> None:
     assert SoftLoss()(teacher, BATCH, teacher).item() == pytest.approx(0.0, abs=1e-7)
 
 
+def test_top_labels_keep_the_highest_and_spread_the_rest_evenly() -> None:
+    teacher = torch.tensor([[0.5, 0.3, 0.1, 0.06, 0.04]]).log()
+    student = torch.randn(1, 5, generator=torch.Generator().manual_seed(4))
+    target = (0.5, 0.3, 0.2 / 3, 0.2 / 3, 0.2 / 3)
+    expected = sum(t * (math.log(t) - s) for t, s in zip(target, log_p(student)[0], strict=True))
+    batch = make_batch([(0, 1)], [0.7])
+    assert SoftLoss(1.0, top=2)(student, batch, teacher).item() == pytest.approx(expected, rel=1e-5)
+    for top in (5, 9):
+        assert SoftLoss(1.0, top=top)(student, batch, teacher) == SoftLoss(1.0)(student, batch, teacher)
+
+
 @pytest.mark.parametrize("distance", get_args(Distance))
 @pytest.mark.parametrize("sce", get_args(Sce))
 def test_gradients_of_dbr(sce: Sce, distance: Distance) -> None:
@@ -508,6 +519,8 @@ def test_options_that_cannot_work_are_refused(options: dict[str, object], messag
 def test_soft_refuses_a_temperature_of_zero() -> None:
     with pytest.raises(ConfigError, match="temperature: found 0"):
         SoftLoss(0)
+    with pytest.raises(ConfigError, match="top: found 0"):
+        SoftLoss(top=0)
 
 
 @pytest.mark.parametrize("loss", [DBRLoss(), OneHotLoss(), CompactLoss(), CompletedDBRLoss()])

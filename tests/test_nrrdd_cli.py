@@ -13,7 +13,7 @@ from make_dataset import make_tiny_dataset
 
 from benchmarks import accuracy, cli, demo
 from benchmarks.command import run
-from benchmarks.grid import Cell, Grid, build_config, cell_path, dataset_path
+from benchmarks.grid import Cell, Grid, build_config, cell_path, dataset_path, student_config
 from benchmarks.results_io import command_line, markdown_table, provenance, provenance_text, write_json
 from benchmarks.spread import difference, interval, spread
 from benchmarks.teacher import TeacherConfig
@@ -197,7 +197,10 @@ def test_a_grid_has_every_cell_once_in_order() -> None:
         ("random-real", {"init": "real", "iterations": 0}),
         ("discovery", {"iterations": 0}),
         ("rded", {"confidence": "highest", "iterations": 0}),
+        ("random-patches", {"confidence": "random", "iterations": 0}),
         ("nrr", {"alpha_lr": 0.0}),
+        ("real+nrr", {"init": "real", "alpha_lr": 0.0}),
+        ("noise+all-pixels", {"init": "noise", "mask": "all", "alpha_lr": 0.0}),
         ("nrr+lr", {}),
     ],
 )
@@ -205,11 +208,26 @@ def test_kinds_of_images_are_builds_that_differ_in_their_own_settings(
     images: str, changes: dict[str, object], tmp_path: Path
 ) -> None:
     grid = _grid(tmp_path)
-    cell = Cell(ipc=1, images=images, labels="dbr", seed=1)  # type: ignore[arg-type]
-    config = build_config(grid, cell)
-    plain = {"init": "cidd", "confidence": "lowest", "alpha_lr": 1.0, "iterations": 7}
+    config = build_config(grid, Cell(ipc=1, images=images, labels="dbr", seed=1))
+    plain: dict[str, object] = {"init": "cidd", "confidence": "lowest", "mask": "non-critical", "alpha_lr": 1.0}
+    plain["iterations"] = 7
+    if changes.get("iterations") == 0:
+        changes = changes | {"alpha_lr": 0.0}
     assert {name: getattr(config, name) for name in plain} == plain | changes
     assert (config.seed, config.epochs, config.work_dir) == (1, 3, tmp_path / "work" / "seed1")
+
+
+def test_kinds_of_labels_are_students_that_differ_in_their_own_options() -> None:
+    def options(labels: str) -> tuple[str, float]:
+        config = student_config(GRID, Cell(ipc=1, images="nrr", labels=labels, seed=0))
+        return config.labels, config.soft_temperature
+
+    assert [options(labels) for labels in ("soft", "soft-t20", "fkd-top5", "dbr")] == [
+        ("soft", 1.0),
+        ("soft", 20.0),
+        ("soft-top5", 1.0),
+        ("dbr", 1.0),
+    ]
 
 
 def _grid(folder: Path) -> Grid:
@@ -220,11 +238,15 @@ def _grid(folder: Path) -> Grid:
 def test_results_are_kept_apart_by_all_that_determines_them(tmp_path: Path) -> None:
     grid = _grid(tmp_path)
     cell = Cell(ipc=1, images="nrr", labels="dbr", seed=0)
-    soft = replace(cell, labels="soft")
+    soft, warm = replace(cell, labels="soft"), replace(cell, labels="soft-t20")
     path, folder = cell_path(grid, cell), dataset_path(grid, cell)
     assert dataset_path(grid, soft) == folder
-    assert cell_path(replace(grid, soft_temperature=20.0), cell) == path
-    assert cell_path(replace(grid, soft_temperature=20.0), soft) != cell_path(grid, soft)
+    assert dataset_path(grid, warm) == folder
+    assert len({cell_path(grid, each) for each in (cell, soft, warm)}) == 3
+    changed = replace(cell, student=(("radius", 0.1),))
+    assert dataset_path(grid, changed) == folder and cell_path(grid, changed) != path
+    assert dataset_path(grid, replace(cell, build=(("epsilon", 0.1),))) != folder
+    assert dataset_path(replace(grid, data_dir=Path("elsewhere"), device="cuda"), cell) == folder
     assert cell_path(replace(grid, student="conv3"), cell) != path
     assert dataset_path(replace(grid, student="conv3"), cell) == folder
     assert dataset_path(replace(grid, iterations=8), cell) != folder
@@ -245,7 +267,11 @@ def test_the_accuracy_benchmark_goes_on_where_it_was(tmp_path: Path, capsys: pyt
     assert accuracy.main(command) == 0
     cells = sorted((out / "cells").iterdir())
     assert len(cells) == 12
+    assert accuracy.main([*command, "--collect"]) == 0
+    assert "Incomplete" not in capsys.readouterr().out
     cells[0].unlink()
+    assert accuracy.main([*command, "--collect"]) == 0
+    assert "Incomplete: 11 of 12 students" in capsys.readouterr().out and not cells[0].is_file()
     changed = [path.stat().st_mtime_ns for path in cells[1:]]
     assert accuracy.main(command) == 0
     assert [path.stat().st_mtime_ns for path in cells[1:]] == changed and cells[0].is_file()
@@ -266,8 +292,11 @@ def test_statistics_of_seeds() -> None:
     assert difference([2.0], [1.0]) == "-1.00"
     assert interval([1.0, 3.0], [2.0, 6.0]) == "+2.00 ± 12.71"
     assert interval([2.0], [1.0]) == "-1.00"
-    assert accuracy.recovery({"one-hot": [20.0], "dbr": [50.0], "soft": [80.0]}) == "50"
-    assert accuracy.recovery({"one-hot": [20.0], "dbr": [50.0], "soft": [20.0]}) == "-"
+    assert accuracy.recovery({"one-hot": {0: 20.0}, "dbr": {0: 50.0}, "soft": {0: 80.0}}) == "50"
+    assert accuracy.recovery({"one-hot": {0: 20.0}, "dbr": {0: 50.0}, "soft": {0: 20.0}}) == "-"
+    assert accuracy.recovery({"one-hot": {0: 20.0}, "dbr": {0: 50.0}, "soft": {}}) == "-"
+    assert accuracy.paired({0: 1.0, 1: 3.0, 2: 9.0}, {1: 6.0, 0: 2.0}) == "+2.00 ± 1.41"
+    assert accuracy.paired({0: 1.0}, {1: 6.0}) == "-"
 
 
 def test_the_demo_is_three_students_on_one_dataset(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +23,8 @@ from builders.refinement import (
     Objective,
     RefinedBatch,
     jitter,
-    non_critical_mask,
     refine_batch,
+    step_mask,
 )
 from nrrdd_format.codebooks import MixTable, mix_codebook
 
@@ -31,7 +32,9 @@ SETTINGS = RefinementSettings(
     iterations=12,
     learning_rate=0.05,
     schedule="cosine",
+    mask="non-critical",
     epsilon=0.5,
+    cam_every=0,
     alpha_bn=0.01,
     alpha_lr=1.0,
     label_refinement="soft",
@@ -71,12 +74,37 @@ def _refine(eyes: Eyes, settings: RefinementSettings, steps: list[dict[str, floa
 
 
 def test_critical_pixels_never_change_and_others_do(eyes: Eyes) -> None:
-    images, labels = _initial()
-    mask = non_critical_mask(eyes, eyes.see(images), torch.from_numpy(labels), 0.5).numpy()
+    images, _ = _initial()
+    mask = _mask(eyes)
     assert mask.min() == 0 and 0.45 < mask.max() <= 0.5
     changed = (_refine(eyes, SETTINGS).images != images).any(1)
     assert not changed[mask == 0].any()
     assert changed[mask > 0.25].mean() > 0.5
+
+
+def _mask(eyes: Eyes, **changes: Any) -> np.ndarray:
+    images, labels = _initial()
+    mask = step_mask(eyes, eyes.see(images), torch.from_numpy(labels), replace(SETTINGS, **changes))
+    assert mask.shape == (len(images), 1, 16, 16)
+    return mask[:, 0].numpy()
+
+
+def test_a_binary_mask_opens_the_same_pixels_and_all_opens_every_one(eyes: Eyes) -> None:
+    np.testing.assert_array_equal(_mask(eyes, mask="binary"), _mask(eyes) > 0)
+    assert (_mask(eyes, mask="all") == 1).all()
+    images, _ = _initial()
+    assert (_refine(eyes, replace(SETTINGS, mask="all")).images != images).any(1).all((1, 2)).any()
+
+
+def test_a_new_activation_map_opens_other_pixels(eyes: Eyes) -> None:
+    """A high rate changes the images so much that their maps move."""
+    wide = replace(SETTINGS, learning_rate=2.0, epsilon=0.3)
+    once, anew = _refine(eyes, wide).images, _refine(eyes, replace(wide, cam_every=4)).images
+    closed = _mask(eyes, epsilon=0.3) == 0
+    images, _ = _initial()
+    assert not (once != images).any(1)[closed].any()
+    assert (anew != images).any(1)[closed].any()
+    np.testing.assert_array_equal(_refine(eyes, replace(wide, cam_every=12)).images, once)  # after the last step
 
 
 def test_every_term_falls(eyes: Eyes, monkeypatch: pytest.MonkeyPatch) -> None:

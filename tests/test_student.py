@@ -114,7 +114,7 @@ def test_batchnorm_and_biases_have_no_weight_decay(architecture: str) -> None:
             assert (id(parameter) in kept) == (isinstance(module, nn.BatchNorm2d) or name == "bias")
 
 
-@pytest.mark.parametrize("labels", ["dbr", "dbr-completed", "compact", "one-hot", "soft"])
+@pytest.mark.parametrize("labels", ["dbr", "dbr-completed", "compact", "one-hot", "soft", "soft-top5"])
 def test_a_student_learns_from_every_kind_of_labels(folder: Path, source: Source, labels: str) -> None:
     config = replace(TINY, labels=labels, teacher_checkpoint=folder / "teacher.pt")  # type: ignore[arg-type]
     result = train_student(folder / "data", source, config)

@@ -1,0 +1,247 @@
+"""The method's open choices, one at a time: what each alternative changes in a student's top-1.
+
+The paper leaves parts of its equations open (docs/method.md marks them). `python -m benchmarks.equations --dataset
+cifar10 --data-dir DIR --teacher-checkpoint FILE --out DIR` trains a student on the default method and one for every
+value of every choice, all else equal, and compares them seed by seed. Cells are those of `benchmarks.grid`: each is run
+once. Settings are chosen on held-out training images (`benchmarks.hold_out`), not on the test images of a report.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.command import add_device, add_source, pick_device, run
+from benchmarks.grid import LABELS, Cell, Changes, Grid, Table, cell_path, read_cells, run_grid
+from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
+from benchmarks.spread import gaps, interval, spread
+from benchmarks.teacher import TeacherConfig
+from builders.sources import load_source
+from nrrdd_format.errors import ConfigError
+from nrrdd_format.files import atomic_write
+
+MODULE = "benchmarks.equations"
+RESULTS = Path("benchmarks") / "results"
+IMAGES = "nrr+lr"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """An option of the build (`BuildConfig`) or of the student (`StudentConfig`), and the values it is tried at."""
+
+    title: str
+    of: Literal["build", "student"]
+    option: str
+    values: tuple[Any, ...]
+
+    def cell(self, base: Cell, value: Any) -> Cell:
+        """The base cell with this option at a value."""
+        changes: Changes = ((self.option, value),)
+        return Cell(
+            ipc=base.ipc,
+            images=base.images,
+            labels=base.labels,
+            seed=base.seed,
+            build=changes if self.of == "build" else (),
+            student=changes if self.of == "student" else (),
+        )
+
+
+CHOICES = {
+    choice.option.replace("_", "-"): choice
+    for choice in (
+        Choice(
+            title="patches kept, by confidence", of="build", option="confidence", values=("lowest", "random", "highest")
+        ),
+        Choice(title="activation in a crop", of="build", option="crop_score", values=("mean", "sum")),
+        Choice(title="initial images", of="build", option="init", values=("cidd", "real", "noise")),
+        Choice(title="mask", of="build", option="mask", values=("non-critical", "binary", "all")),
+        Choice(title="ε of the mask", of="build", option="epsilon", values=(0.1, 0.3, 0.5, 0.7, 0.9)),
+        Choice(title="steps between activation maps (0: one map)", of="build", option="cam_every", values=(0, 50)),
+        Choice(title="α_bn", of="build", option="alpha_bn", values=(0.0, 0.001, 0.01, 0.1, 1.0)),
+        Choice(title="α_lr", of="build", option="alpha_lr", values=(0.0, 0.3, 1.0, 3.0)),
+        Choice(title="label refinement", of="build", option="label_refinement", values=("soft", "pair")),
+        Choice(title="jitter in refinement", of="build", option="jitter", values=(False, True)),
+        Choice(title="schedule of refinement", of="build", option="schedule", values=("cosine", "constant")),
+        Choice(title="temperature of the distances", of="build", option="temperature", values=(1.0, 2.0, 4.0)),
+        Choice(title="smallest area of a view", of="build", option="view_scale", values=(0.08, 0.5, 0.8, 1.0)),
+        Choice(
+            title="bound of the cross-entropy",
+            of="student",
+            option="sce",
+            values=("sample", "batch", "target", "entropy"),
+        ),
+        Choice(title="radius r", of="student", option="radius", values=(0.1, 0.3, 0.4, 0.5, 0.7)),
+        Choice(title="error of a distance", of="student", option="distance", values=("l1", "huber", "squared")),
+    )
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    options = make_parser().parse_args(arguments)
+    return run(lambda: measure_equations(options))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {MODULE}",
+        description="Measure the method's open choices, one at a time.",
+        epilog=f"example:\n  python -m {MODULE} --dataset cifar10 --data-dir data/cifar10-held-out \\\n"
+        "      --teacher-checkpoint cifar10-teacher.pt --seeds 0 1 2 --out equations",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_source(parser, default="digits")
+    parser.add_argument("--teacher-checkpoint", type=Path, required=True, metavar="FILE", help="a trained teacher")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="keeps datasets and results")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"for the report ({RESULTS})")
+    parser.add_argument(
+        "--choices",
+        nargs="+",
+        choices=tuple(CHOICES),
+        metavar="OPTION",
+        default=list(CHOICES),
+        help=f"of {', '.join(CHOICES)} (all)",
+    )
+    parser.add_argument("--labels", choices=tuple(LABELS), default="dbr", metavar="KIND", help="of the students (dbr)")
+    parser.add_argument("--ipc", type=int, default=10, metavar="N", help="images per class (10)")
+    parser.add_argument("--epochs", type=int, default=300, metavar="N", help="stored and trained (300)")
+    parser.add_argument("--iterations", type=int, default=500, metavar="N", help="of refinement (500)")
+    parser.add_argument("--student", metavar="ARCH", help="the students' network (the dataset's default)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(0 1 2)")
+    parser.add_argument("--collect", action="store_true", help="run nothing: report on the cells that OUT holds")
+    add_device(parser)
+    return parser
+
+
+def measure_equations(options: argparse.Namespace) -> int:
+    """Runs the students, prints the report and writes it; returns the exit status."""
+    source = load_source(options.source, data_dir=options.data_dir, test_dir=options.test_dir)
+    grid = Grid(
+        dataset=options.source,
+        data_dir=options.data_dir,
+        test_dir=options.test_dir,
+        out=options.out,
+        teacher_checkpoint=options.teacher_checkpoint,
+        teacher=TeacherConfig(),
+        ipcs=(options.ipc,),
+        images=(IMAGES,),
+        labels=(options.labels,),
+        seeds=tuple(options.seeds),
+        student=options.student or source.default_model,
+        epochs=options.epochs,
+        iterations=options.iterations,
+        device=pick_device(options.device),
+    )
+    choices = [CHOICES[name] for name in options.choices]
+    cells = all_cells(grid, choices)
+    table = read_cells(grid, cells) if options.collect else run_grid(grid, source, cells)
+    if not any(cell in table for cell in grid.cells()):
+        raise ConfigError(f"--collect: {grid.out} holds no student of the default method; run without --collect first")
+    rows = [row for choice in choices for row in compare(grid, table, choice)]
+    text = report(grid, table, rows)
+    print(f"\n{text}")
+    _write_results(options.results, grid, table, rows, text)
+    return 0
+
+
+def all_cells(grid: Grid, choices: Sequence[Choice]) -> list[Cell]:
+    """The default and every value of every choice, seed by seed; a value that is the default's is not run again."""
+    cells: dict[Path, Cell] = {}
+    for base in grid.cells():
+        for cell in [base, *(choice.cell(base, value) for choice in choices for value in choice.values)]:
+            cells.setdefault(cell_path(grid, cell), cell)
+    return list(cells.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A value of a choice: top-1 in percent of the seeds that have both it and the default, and the default's."""
+
+    choice: str
+    value: str
+    is_default: bool
+    top1: tuple[float, ...]
+    default_top1: tuple[float, ...]
+
+
+def compare(grid: Grid, table: Table, choice: Choice) -> list[Row]:
+    """A row for every value of a choice."""
+    by_path = {cell_path(grid, cell): 100 * result.top1 for cell, result in table.items()}
+    rows = []
+    for value in choice.values:
+        paths = [(cell_path(grid, base), cell_path(grid, choice.cell(base, value))) for base in grid.cells()]
+        both = [(by_path[base], by_path[cell]) for base, cell in paths if base in by_path and cell in by_path]
+        rows.append(
+            Row(
+                choice=choice.title,
+                value=str(value),
+                is_default=all(base == cell for base, cell in paths),
+                top1=tuple(cell for _, cell in both),
+                default_top1=tuple(base for base, _ in both),
+            )
+        )
+    return rows
+
+
+def report(grid: Grid, table: Table, rows: Sequence[Row]) -> str:
+    """What was measured, as Markdown."""
+    first = next(iter(table.values()))
+    teacher = f"{first.teacher}, top-1 {first.teacher_top1:.2%}" if first.teacher_top1 is not None else first.teacher
+    intro = (
+        f"{grid.dataset}, IPC {first.ipc}, {first.images} images with {grid.iterations} steps of refinement, "
+        f"{first.labels} labels. Teacher {teacher}; student {grid.student}; {grid.epochs} epochs stored and trained; "
+        f"tested on {first.test_images:,} real images after the last epoch. One choice at a time differs from the "
+        "default. Top-1 in %, mean ± standard deviation over seeds; differences from the default are paired by seed, "
+        "in points, with the 95 % interval of their mean."
+    )
+    lines = [
+        [
+            row.choice,
+            row.value + (" (default)" if row.is_default else ""),
+            spread(row.top1) if row.top1 else "-",
+            interval(row.default_top1, row.top1) if row.top1 and not row.is_default else "",
+            str(len(row.top1)),
+        ]
+        for row in rows
+    ]
+    return f"{intro}\n\n{markdown_table(['choice', 'value', 'top-1 %', 'against the default', 'seeds'], lines)}"
+
+
+def plot(path: Path, rows: Sequence[Row]) -> None:
+    """Writes a PNG: the differences from the default, a line for every other value, a point a seed, and the means."""
+    shown = [row for row in rows if row.top1 and not row.is_default]
+    figure = Figure(figsize=(7.5, 1.2 + 0.24 * len(shown)), layout="constrained")
+    axis = figure.subplots()
+    for place, row in enumerate(shown):
+        points = gaps(row.default_top1, row.top1)
+        axis.plot(points, [place] * len(points), "o", color="0.6", markersize=3)
+        axis.plot(float(np.mean(points)), place, "|", color="C0", markersize=12, markeredgewidth=2)
+    axis.axvline(0, color="0.3", linewidth=0.8)
+    axis.set_yticks(range(len(shown)), [f"{row.choice}: {row.value}" for row in shown], fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlabel("points of top-1 against the default")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
+def _write_results(folder: Path, grid: Grid, table: Table, rows: Sequence[Row], text: str) -> None:
+    facts: dict[str, Any] = provenance(MODULE, seeds=grid.seeds)
+    stem = folder / f"{facts['date']}-equations-{grid.dataset}"
+    make_folder(folder)
+    cells = [asdict(result) for result in table.values()]
+    write_json(stem.with_suffix(".json"), facts | {"rows": [asdict(row) for row in rows], "cells": cells})
+    heading = f"# The method's open choices, on {grid.dataset}\n\n{provenance_text(facts)}"
+    write_text(stem.with_suffix(".md"), f"{heading}\n{text}\n\n![differences]({stem.name}.png)\n")
+    plot(stem.with_suffix(".png"), rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,121 @@
+"""The benchmark of the method's open choices."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from benchmarks import equations
+from benchmarks.equations import CHOICES, all_cells, compare
+from benchmarks.grid import Cell, Grid, Result, build_config, cell_path, student_config
+from benchmarks.student import StudentConfig
+from benchmarks.teacher import TeacherConfig
+from builders.config import BuildConfig
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Grid:
+    (tmp_path / "teacher.pt").write_bytes(b"weights")
+    return Grid(
+        dataset="digits",
+        out=tmp_path,
+        teacher_checkpoint=tmp_path / "teacher.pt",
+        teacher=TeacherConfig(),
+        ipcs=(1,),
+        images=("nrr+lr",),
+        labels=("dbr",),
+        seeds=(0, 1),
+        student="conv2-w8",
+        epochs=2,
+        iterations=1,
+    )
+
+
+def test_every_value_of_every_choice_is_a_sound_option(grid: Grid) -> None:
+    base = next(grid.cells())
+    for choice in CHOICES.values():
+        for value in choice.values:
+            cell = choice.cell(base, value)
+            changed: Any = build_config(grid, cell) if choice.of == "build" else student_config(grid, cell)
+            assert getattr(changed, choice.option) == value
+
+
+def test_choices_between_named_alternatives_leave_none_out() -> None:
+    for choice in CHOICES.values():
+        config = BuildConfig if choice.of == "build" else StudentConfig
+        named = get_args(get_type_hints(config)[choice.option])
+        if named and type(None) not in named:
+            assert set(choice.values) == set(named), choice.option
+        assert choice.option in {field.name for field in fields(config)}
+
+
+def test_a_value_that_is_the_defaults_is_not_run_again(grid: Grid) -> None:
+    cells = all_cells(grid, list(CHOICES.values()))
+    assert len({cell_path(grid, cell) for cell in cells}) == len(cells)
+    values = sum(len(choice.values) for choice in CHOICES.values())
+    with_default = len(CHOICES) - 1  # the default smallest view is the dataset's: not an option's value
+    assert len(cells) == 2 * (1 + values - with_default)
+
+
+def _result(cell: Cell, top1: float) -> Result:
+    return Result(
+        dataset="digits",
+        ipc=cell.ipc,
+        teacher="conv2",
+        teacher_top1=None,
+        student="conv2-w8",
+        images=cell.images,
+        labels=cell.labels,
+        seed=cell.seed,
+        epochs=2,
+        iterations=1,
+        build=dict(cell.build),
+        student_options=dict(cell.student),
+        top1=top1,
+        test_images=10,
+        bytes_images=1,
+        bytes_labels=1.0,
+        bytes_soft_labels=1.0,
+        clipped_share=None,
+        seconds=1.0,
+    )
+
+
+def test_values_are_compared_with_the_default_of_the_same_seed(grid: Grid) -> None:
+    choice = replace(CHOICES["epsilon"], values=(0.1, 0.5, 0.9))
+    first, second = grid.cells()
+    found = ((first, 0.5), (choice.cell(first, 0.1), 0.25), (second, 0.75), (choice.cell(second, 0.9), 0.5))
+    rows = compare(grid, {cell: _result(cell, top1) for cell, top1 in found}, choice)
+    assert [(row.value, row.is_default, row.default_top1, row.top1) for row in rows] == [
+        ("0.1", False, (50.0,), (25.0,)),
+        ("0.5", True, (50.0, 75.0), (50.0, 75.0)),
+        ("0.9", False, (75.0,), (50.0,)),
+    ]
+
+
+@pytest.mark.slow
+def test_the_benchmark_from_its_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    from benchmarks import cli
+
+    teacher, out, results = tmp_path / "teacher.pt", tmp_path / "out", tmp_path / "results"
+    assert cli.main(f"teacher --dataset digits --architecture conv2-w8 --epochs 3 --out {teacher}".split()) == 0
+    command = (
+        f"--teacher-checkpoint {teacher} --out {out} --results {results} --ipc 1 --epochs 2 --iterations 1 --seeds 0 1 "
+        "--student conv2-w8 --choices epsilon radius"
+    ).split()
+    assert equations.main([*command, "--collect"]) == 2
+    assert "no student of the default method" in capsys.readouterr().err
+    assert equations.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "[18/18]" in printed and "0.5 (default)" in printed
+    (record,) = results.glob("*.json")
+    read = json.loads(record.read_text())
+    assert len(read["cells"]) == 18 and len(read["rows"]) == 10
+    assert {path.suffix for path in results.iterdir()} == {".json", ".md", ".png"}
+    assert str(tmp_path) not in record.read_text()
+    assert equations.main([*command, "--collect"]) == 0

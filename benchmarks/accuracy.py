@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.command import add_device, add_source, pick_device, run
-from benchmarks.grid import IMAGES, LABELS, Cell, Grid, Table, read_cells, run_grid
+from benchmarks.grid import IMAGES, LABELS, Cell, Grid, Table, read_cells, run_grid, stored_epochs
 from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
 from benchmarks.spread import difference, spread
 from benchmarks.teacher import TeacherConfig
@@ -69,7 +69,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--seeds", type=int, nargs="+", default=[0], metavar="N", help="a build and students for each (0)"
     )
     parser.add_argument("--ipc", type=int, nargs="+", metavar="N", help="images per class (preset's)")
-    parser.add_argument("--epochs", type=int, metavar="N", help="stored and trained (preset's)")
+    parser.add_argument("--epochs", type=int, metavar="N", help="of training (preset's)")
+    parser.add_argument("--stored-epochs", type=int, metavar="N", help="in a dataset; fewer are repeated (--epochs)")
     parser.add_argument("--iterations", type=int, metavar="N", help="of refinement (preset's)")
     parser.add_argument(
         "--images",
@@ -128,6 +129,7 @@ def make_grid(options: argparse.Namespace, source: Source) -> Grid:
         seeds=tuple(options.seeds),
         student=options.student or source.default_model,
         epochs=options.epochs or preset.epochs,
+        stored_epochs=options.stored_epochs,
         iterations=preset.iterations if options.iterations is None else options.iterations,
         device=device,
     )
@@ -139,9 +141,9 @@ def report(grid: Grid, table: Table) -> str:
     teacher = f"{first.teacher}, top-1 {first.teacher_top1:.2%}" if first.teacher_top1 is not None else first.teacher
     return "\n\n".join(
         [
-            f"Teacher {teacher}; student {grid.student}; {grid.epochs} epochs stored and trained; {grid.iterations} "
-            f"steps of refinement; {len(grid.seeds)} seeds. Top-1 in % on {first.test_images:,} real test images after "
-            f"the last epoch, mean ± standard deviation over seeds.{_gaps(grid, table)}",
+            f"Teacher {teacher}; student {grid.student}; {grid.epochs} epochs of {stored_epochs(grid)} stored ones; "
+            f"{grid.iterations} steps of refinement; {len(grid.seeds)} seeds. Top-1 in % on {first.test_images:,} real "
+            f"test images after the last epoch, mean ± standard deviation over seeds.{_gaps(grid, table)}",
             accuracy_table(grid, table),
             "Differences between cells of the same seed, in points of top-1 (mean ± standard deviation over seeds):",
             difference_table(grid, table),

@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.command import add_device, add_source, pick_device, run
-from benchmarks.grid import LABELS, Cell, Changes, Grid, Table, cell_path, read_cells, run_grid
+from benchmarks.grid import IMAGES, LABELS, Cell, Changes, Grid, Table, cell_path, read_cells, run_grid, stored_epochs
 from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
 from benchmarks.spread import gaps, interval, spread
 from benchmarks.teacher import TeacherConfig
@@ -28,7 +28,6 @@ from nrrdd_format.files import atomic_write
 
 MODULE = "benchmarks.equations"
 RESULTS = Path("benchmarks") / "results"
-IMAGES = "nrr+lr"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +58,7 @@ CHOICES = {
         Choice(
             title="patches kept, by confidence", of="build", option="confidence", values=("lowest", "random", "highest")
         ),
-        Choice(title="activation in a crop", of="build", option="crop_score", values=("mean", "sum")),
+        Choice(title="activation in a crop", of="build", option="crop_score", values=("sum", "mean")),
         Choice(title="initial images", of="build", option="init", values=("cidd", "real", "noise")),
         Choice(title="mask", of="build", option="mask", values=("non-critical", "binary", "all")),
         Choice(title="ε of the mask", of="build", option="epsilon", values=(0.1, 0.3, 0.5, 0.7, 0.9)),
@@ -110,9 +109,13 @@ def make_parser() -> argparse.ArgumentParser:
         default=list(CHOICES),
         help=f"of {', '.join(CHOICES)} (all)",
     )
+    parser.add_argument(
+        "--images", choices=tuple(IMAGES), default="nrr+lr", metavar="KIND", help="that choices vary (nrr+lr)"
+    )
     parser.add_argument("--labels", choices=tuple(LABELS), default="dbr", metavar="KIND", help="of the students (dbr)")
     parser.add_argument("--ipc", type=int, default=10, metavar="N", help="images per class (10)")
-    parser.add_argument("--epochs", type=int, default=300, metavar="N", help="stored and trained (300)")
+    parser.add_argument("--epochs", type=int, default=300, metavar="N", help="of training (300)")
+    parser.add_argument("--stored-epochs", type=int, metavar="N", help="in a dataset; fewer are repeated (--epochs)")
     parser.add_argument("--iterations", type=int, default=500, metavar="N", help="of refinement (500)")
     parser.add_argument("--student", metavar="ARCH", help="the students' network (the dataset's default)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(0 1 2)")
@@ -132,11 +135,12 @@ def measure_equations(options: argparse.Namespace) -> int:
         teacher_checkpoint=options.teacher_checkpoint,
         teacher=TeacherConfig(),
         ipcs=(options.ipc,),
-        images=(IMAGES,),
+        images=(options.images,),
         labels=(options.labels,),
         seeds=tuple(options.seeds),
         student=options.student or source.default_model,
         epochs=options.epochs,
+        stored_epochs=options.stored_epochs,
         iterations=options.iterations,
         device=pick_device(options.device),
     )
@@ -195,12 +199,13 @@ def report(grid: Grid, table: Table, rows: Sequence[Row]) -> str:
     """What was measured, as Markdown."""
     first = next(iter(table.values()))
     teacher = f"{first.teacher}, top-1 {first.teacher_top1:.2%}" if first.teacher_top1 is not None else first.teacher
+    steps = f" with {grid.iterations} steps of refinement" if IMAGES[first.images].refined else ""
     intro = (
-        f"{grid.dataset}, IPC {first.ipc}, {first.images} images with {grid.iterations} steps of refinement, "
-        f"{first.labels} labels. Teacher {teacher}; student {grid.student}; {grid.epochs} epochs stored and trained; "
-        f"tested on {first.test_images:,} real images after the last epoch. One choice at a time differs from the "
-        "default. Top-1 in %, mean ± standard deviation over seeds; differences from the default are paired by seed, "
-        "in points, with the 95 % interval of their mean."
+        f"{grid.dataset}, IPC {first.ipc}, {first.images} images{steps}, {first.labels} labels. Teacher {teacher}; "
+        f"student {grid.student}; {grid.epochs} epochs of {stored_epochs(grid)} stored ones; tested on "
+        f"{first.test_images:,} real images after the last epoch. One choice at a time differs from the default. Top-1 "
+        "in %, mean ± standard deviation over seeds; differences from the default are paired by seed, in points, with "
+        "the 95 % interval of their mean."
     )
     lines = [
         [
@@ -234,7 +239,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
 
 def _write_results(folder: Path, grid: Grid, table: Table, rows: Sequence[Row], text: str) -> None:
     facts: dict[str, Any] = provenance(MODULE, seeds=grid.seeds)
-    stem = folder / f"{facts['date']}-equations-{grid.dataset}"
+    stem = folder / f"{facts['date']}-equations-{grid.dataset}-{grid.images[0]}"
     make_folder(folder)
     cells = [asdict(result) for result in table.values()]
     write_json(stem.with_suffix(".json"), facts | {"rows": [asdict(row) for row in rows], "cells": cells})

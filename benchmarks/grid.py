@@ -87,7 +87,9 @@ class Grid:
     seeds: tuple[int, ...]
     student: str
     epochs: int
-    """Of every student, and stored in every dataset."""
+    """Of every student."""
+    stored_epochs: int | None = None
+    """In every dataset, repeated by the students' further epochs; None: as many as those train."""
     iterations: int
     """Of refinement, for the kinds of images that are refined."""
     device: str = "cpu"
@@ -141,6 +143,7 @@ class Result:
     labels: str
     seed: int
     epochs: int
+    stored_epochs: int
     iterations: int
     build: dict[str, Any]
     student_options: dict[str, Any]
@@ -196,6 +199,7 @@ def run_cell(grid: Grid, cell: Cell, source: Source) -> Result:
         labels=cell.labels,
         seed=cell.seed,
         epochs=grid.epochs,
+        stored_epochs=stored_epochs(grid),
         iterations=build_config(grid, cell).iterations,
         build=dict(cell.build),
         student_options=dict(cell.student),
@@ -243,13 +247,18 @@ def _build_options(grid: Grid, cell: Cell) -> BuildConfig:
         confidence=kind.confidence,
         mask=kind.mask,
         iterations=grid.iterations if kind.refined else 0,
-        epochs=grid.epochs,
+        epochs=stored_epochs(grid),
         seed=cell.seed,
         device=grid.device,
     )
     if not kind.label_refinement:
         config = replace(config, alpha_lr=0.0)
     return replace(config, **dict(cell.build))
+
+
+def stored_epochs(grid: Grid) -> int:
+    """Epochs stored in every dataset."""
+    return grid.epochs if grid.stored_epochs is None else grid.stored_epochs
 
 
 def student_config(grid: Grid, cell: Cell) -> StudentConfig:

@@ -159,7 +159,7 @@ def _add_discovery(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--confidence", choices=get_args(options.Confidence), help="which patches to keep (lowest)")
     group.add_argument(
-        "--crop-score", choices=get_args(options.CropScore), help="activation in a crop: mean (default) or sum"
+        "--crop-score", choices=get_args(options.CropScore), help="activation in a crop: sum (default) or mean"
     )
     group.add_argument("--beta", type=int, metavar="N", help="patches in an image (dataset's: 4 or 1)")
 

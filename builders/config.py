@@ -22,7 +22,7 @@ BLOCK_PAIRS = 20_000
 
 Init = Literal["cidd", "real", "noise"]
 Confidence = Literal["lowest", "highest", "random"]
-CropScore = Literal["mean", "sum"]
+CropScore = Literal["sum", "mean"]
 Mask = Literal["non-critical", "binary", "all"]
 Schedule = Literal["cosine", "constant"]
 LabelRefinement = Literal["soft", "pair"]
@@ -45,7 +45,7 @@ class DiscoverySettings:
     confidence: Confidence
     """Which patches of the pool are kept (the paper's Table 9)."""
     crop_score: CropScore
-    """How the activation inside a crop is judged; `sum` favours the largest crop."""
+    """How the activation inside a crop is judged; `sum` favours large crops, `mean` the smallest."""
     crops: int = 5
     """Random crops of each image."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -198,7 +198,7 @@ class BuildConfig:
     min_teacher_top1: float | None = None
     init: Init = "cidd"
     confidence: Confidence = "lowest"
-    crop_score: CropScore = "mean"
+    crop_score: CropScore = "sum"
     beta: int | None = None
     mask: Mask = "non-critical"
     epsilon: float = 0.5

@@ -72,6 +72,7 @@ def _result(cell: Cell, top1: float) -> Result:
         labels=cell.labels,
         seed=cell.seed,
         epochs=2,
+        stored_epochs=2,
         iterations=1,
         build=dict(cell.build),
         student_options=dict(cell.student),

@@ -1,9 +1,9 @@
 """The method's open choices, one at a time: what each alternative changes in a student's top-1.
 
 The paper leaves parts of its equations open (docs/method.md marks them). `python -m benchmarks.equations --dataset
-cifar10 --data-dir DIR --teacher-checkpoint FILE --out DIR` trains a student on the default method and one for every
-value of every choice, all else equal, and compares them seed by seed. Cells are those of `benchmarks.grid`: each is run
-once. Settings are chosen on held-out training images (`benchmarks.hold_out`), not on the test images of a report.
+cifar10 --data-dir DIR --teacher-checkpoint FILE --out DIR` trains a student on images of one kind and one for every
+value of every choice, all else equal, and compares them seed by seed. Cells are those of `benchmarks.grid`: each is
+run once. Settings are chosen on held-out training images (`benchmarks.hold_out`), not on those a report tests on.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ CHOICES = {
     choice.option.replace("_", "-"): choice
     for choice in (
         Choice(
-            title="patches kept, by confidence", of="build", option="confidence", values=("lowest", "random", "highest")
+            title="patches kept, by confidence", of="build", option="confidence", values=("highest", "random", "lowest")
         ),
         Choice(title="activation in a crop", of="build", option="crop_score", values=("sum", "mean")),
-        Choice(title="initial images", of="build", option="init", values=("cidd", "real", "noise")),
+        Choice(title="initial images", of="build", option="init", values=("cidd", "real")),
         Choice(title="mask", of="build", option="mask", values=("non-critical", "binary", "all")),
         Choice(title="ε of the mask", of="build", option="epsilon", values=(0.1, 0.3, 0.5, 0.7, 0.9)),
         Choice(title="steps between activation maps (0: one map)", of="build", option="cam_every", values=(0, 50)),
@@ -148,7 +148,7 @@ def measure_equations(options: argparse.Namespace) -> int:
     cells = all_cells(grid, choices)
     table = read_cells(grid, cells) if options.collect else run_grid(grid, source, cells)
     if not any(cell in table for cell in grid.cells()):
-        raise ConfigError(f"--collect: {grid.out} holds no student of the default method; run without --collect first")
+        raise ConfigError(f"--collect: {grid.out} holds no student of the base; run without --collect first")
     rows = [row for choice in choices for row in compare(grid, table, choice)]
     text = report(grid, table, rows)
     print(f"\n{text}")
@@ -157,7 +157,7 @@ def measure_equations(options: argparse.Namespace) -> int:
 
 
 def all_cells(grid: Grid, choices: Sequence[Choice]) -> list[Cell]:
-    """The default and every value of every choice, seed by seed; a value that is the default's is not run again."""
+    """The base and every value of every choice, seed by seed; a value that is the base's is not run again."""
     cells: dict[Path, Cell] = {}
     for base in grid.cells():
         for cell in [base, *(choice.cell(base, value) for choice in choices for value in choice.values)]:
@@ -167,13 +167,13 @@ def all_cells(grid: Grid, choices: Sequence[Choice]) -> list[Cell]:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A value of a choice: top-1 in percent of the seeds that have both it and the default, and the default's."""
+    """A value of a choice: top-1 in percent of the seeds that have both it and the base, and the base's."""
 
     choice: str
     value: str
-    is_default: bool
+    is_base: bool
     top1: tuple[float, ...]
-    default_top1: tuple[float, ...]
+    base_top1: tuple[float, ...]
 
 
 def compare(grid: Grid, table: Table, choice: Choice) -> list[Row]:
@@ -187,9 +187,9 @@ def compare(grid: Grid, table: Table, choice: Choice) -> list[Row]:
             Row(
                 choice=choice.title,
                 value=str(value),
-                is_default=all(base == cell for base, cell in paths),
+                is_base=all(base == cell for base, cell in paths),
                 top1=tuple(cell for _, cell in both),
-                default_top1=tuple(base for base, _ in both),
+                base_top1=tuple(base for base, _ in both),
             )
         )
     return rows
@@ -203,36 +203,36 @@ def report(grid: Grid, table: Table, rows: Sequence[Row]) -> str:
     intro = (
         f"{grid.dataset}, IPC {first.ipc}, {first.images} images{steps}, {first.labels} labels. Teacher {teacher}; "
         f"student {grid.student}; {grid.epochs} epochs of {stored_epochs(grid)} stored ones; tested on "
-        f"{first.test_images:,} real images after the last epoch. One choice at a time differs from the default. Top-1 "
-        "in %, mean ± standard deviation over seeds; differences from the default are paired by seed, in points, with "
+        f"{first.test_images:,} real images after the last epoch. One choice at a time differs from the base. Top-1 "
+        "in %, mean ± standard deviation over seeds; differences from the base are paired by seed, in points, with "
         "the 95 % interval of their mean."
     )
     lines = [
         [
             row.choice,
-            row.value + (" (default)" if row.is_default else ""),
+            row.value + (" (base)" if row.is_base else ""),
             spread(row.top1) if row.top1 else "-",
-            interval(row.default_top1, row.top1) if row.top1 and not row.is_default else "",
+            interval(row.base_top1, row.top1) if row.top1 and not row.is_base else "",
             str(len(row.top1)),
         ]
         for row in rows
     ]
-    return f"{intro}\n\n{markdown_table(['choice', 'value', 'top-1 %', 'against the default', 'seeds'], lines)}"
+    return f"{intro}\n\n{markdown_table(['choice', 'value', 'top-1 %', 'against the base', 'seeds'], lines)}"
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
-    """Writes a PNG: the differences from the default, a line for every other value, a point a seed, and the means."""
-    shown = [row for row in rows if row.top1 and not row.is_default]
+    """Writes a PNG: the differences from the base, a line for every other value, a point a seed, and the means."""
+    shown = [row for row in rows if row.top1 and not row.is_base]
     figure = Figure(figsize=(7.5, 1.2 + 0.24 * len(shown)), layout="constrained")
     axis = figure.subplots()
     for place, row in enumerate(shown):
-        points = gaps(row.default_top1, row.top1)
+        points = gaps(row.base_top1, row.top1)
         axis.plot(points, [place] * len(points), "o", color="0.6", markersize=3)
         axis.plot(float(np.mean(points)), place, "|", color="C0", markersize=12, markeredgewidth=2)
     axis.axvline(0, color="0.3", linewidth=0.8)
     axis.set_yticks(range(len(shown)), [f"{row.choice}: {row.value}" for row in shown], fontsize=7)
     axis.invert_yaxis()
-    axis.set_xlabel("points of top-1 against the default")
+    axis.set_xlabel("points of top-1 against the base")
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=150)
 

@@ -34,7 +34,7 @@ class ImageKind:
     """What a kind of images starts from, and how it is refined; `mask` and `label_refinement` only matter if it is."""
 
     init: Init = "cidd"
-    confidence: Confidence = "lowest"
+    confidence: Confidence = BuildConfig.confidence
     refined: bool = False
     mask: Mask = "non-critical"
     label_refinement: bool = False
@@ -43,18 +43,23 @@ class ImageKind:
 IMAGES = {
     "random-real": ImageKind(init="real"),
     "rded": ImageKind(confidence="highest"),
-    "discovery": ImageKind(),
+    "discovery": ImageKind(confidence="lowest"),
     "random-patches": ImageKind(confidence="random"),
     "nrr": ImageKind(refined=True),
     "nrr+lr": ImageKind(refined=True, label_refinement=True),
-    "rded+nrr": ImageKind(confidence="highest", refined=True),
+    "discovery+nrr": ImageKind(confidence="lowest", refined=True),
+    "discovery+nrr+lr": ImageKind(confidence="lowest", refined=True, label_refinement=True),
     "random-patches+nrr": ImageKind(confidence="random", refined=True),
     "real+nrr": ImageKind(init="real", refined=True),
     "real+nrr+lr": ImageKind(init="real", refined=True, label_refinement=True),
     "real+all-pixels": ImageKind(init="real", refined=True, mask="all"),
     "noise+all-pixels": ImageKind(init="noise", refined=True, mask="all"),
 }
-"""Kinds of images by name. The last starts from noise and refines every pixel, as SRe2L does."""
+"""Kinds of images by name; the part before `+` is what refinement starts from, where that is not the default.
+
+`rded` keeps the patches of highest confidence, `discovery` those of the lowest, as the paper does: so
+`discovery+nrr+lr` is the paper's whole method, `nrr+lr` this project's. `noise+all-pixels` starts and refines as SRe2L.
+"""
 
 LABELS: dict[str, dict[str, Any]] = {
     "one-hot": {"labels": "one-hot"},

@@ -157,7 +157,11 @@ def _add_discovery(group: argparse._ArgumentGroup) -> None:
         choices=get_args(options.Init),
         help="cidd: the paper's; real: whole random training images; noise",
     )
-    group.add_argument("--confidence", choices=get_args(options.Confidence), help="which patches to keep (lowest)")
+    group.add_argument(
+        "--confidence",
+        choices=get_args(options.Confidence),
+        help="patches to keep (highest); the paper's: lowest",
+    )
     group.add_argument(
         "--crop-score", choices=get_args(options.CropScore), help="activation in a crop: sum (default) or mean"
     )

@@ -21,7 +21,7 @@ BLOCK_PAIRS = 20_000
 """Pairs that are compressed together, about: fewer cost bytes, more cost time where one epoch is read."""
 
 Init = Literal["cidd", "real", "noise"]
-Confidence = Literal["lowest", "highest", "random"]
+Confidence = Literal["highest", "lowest", "random"]
 CropScore = Literal["sum", "mean"]
 Mask = Literal["non-critical", "binary", "all"]
 Schedule = Literal["cosine", "constant"]
@@ -43,7 +43,7 @@ class DiscoverySettings:
     """`cidd` is the paper's stage; `real` takes whole random training images (the paper's Table 13 and a baseline);
     `noise` is normal in the teacher's normalised space (SRe2L's start)."""
     confidence: Confidence
-    """Which patches of the pool are kept (the paper's Table 9)."""
+    """Which patches of the pool are kept: the paper's choice is `lowest`, but see docs/method.md."""
     crop_score: CropScore
     """How the activation inside a crop is judged; `sum` favours large crops, `mean` the smallest."""
     crops: int = 5
@@ -197,7 +197,7 @@ class BuildConfig:
     """With the first they label the pairs as an ensemble; images are made with the first alone."""
     min_teacher_top1: float | None = None
     init: Init = "cidd"
-    confidence: Confidence = "lowest"
+    confidence: Confidence = "highest"
     crop_score: CropScore = "sum"
     beta: int | None = None
     mask: Mask = "non-critical"

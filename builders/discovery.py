@@ -1,8 +1,8 @@
 """Critical-based initial data discovery: from the training images of each class to its initial synthetic images.
 
 Each image's class activation map says which of its random crops show what matters; the best crops are the class's
-patch pool; of the pool, the patches the teacher is least sure of are kept, and β of them tile one synthetic image
-(paper, Section 3.2 and Eq. 1).
+patch pool; of the pool, the patches the teacher is surest of are kept (the paper's choice, those it is least sure of,
+taught students less: docs/method.md), and β of them tile one synthetic image (paper, Section 3.2 and Eq. 1).
 
 Images are read ahead by threads and come to the teacher in batches that mix the classes of a group. Only the patches
 that may still be kept stay in memory, each as small as the tile that it will be.

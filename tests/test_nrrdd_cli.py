@@ -195,10 +195,11 @@ def test_a_grid_has_every_cell_once_in_order() -> None:
     ("images", "changes"),
     [
         ("random-real", {"init": "real", "iterations": 0}),
-        ("discovery", {"iterations": 0}),
-        ("rded", {"confidence": "highest", "iterations": 0}),
+        ("discovery", {"confidence": "lowest", "iterations": 0}),
+        ("rded", {"iterations": 0}),
         ("random-patches", {"confidence": "random", "iterations": 0}),
         ("nrr", {"alpha_lr": 0.0}),
+        ("discovery+nrr+lr", {"confidence": "lowest"}),
         ("real+nrr", {"init": "real", "alpha_lr": 0.0}),
         ("noise+all-pixels", {"init": "noise", "mask": "all", "alpha_lr": 0.0}),
         ("nrr+lr", {}),
@@ -209,7 +210,7 @@ def test_kinds_of_images_are_builds_that_differ_in_their_own_settings(
 ) -> None:
     grid = _grid(tmp_path)
     config = build_config(grid, Cell(ipc=1, images=images, labels="dbr", seed=1))
-    plain: dict[str, object] = {"init": "cidd", "confidence": "lowest", "mask": "non-critical", "alpha_lr": 1.0}
+    plain: dict[str, object] = {"init": "cidd", "confidence": "highest", "mask": "non-critical", "alpha_lr": 1.0}
     plain["iterations"] = 7
     if changes.get("iterations") == 0:
         changes = changes | {"alpha_lr": 0.0}

@@ -64,6 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_source(parser, default="digits")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="keeps teacher, datasets and results")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"for the report ({RESULTS})")
+    parser.add_argument("--name", metavar="NAME", help="of the report's files (the dataset's)")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="quick", help="quick (default) or full")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0], metavar="N", help="a build and students for each (0)"
@@ -106,7 +107,7 @@ def measure_accuracy(options: argparse.Namespace) -> int:
         raise ConfigError(f"--collect: {grid.out} holds no cell of this grid; run it without --collect first")
     text = report(grid, table)
     print(f"\n{text}")
-    _write_results(options.results, grid, table, text)
+    _write_results(options.results, options.name or grid.dataset, grid, table, text)
     return 0
 
 
@@ -241,12 +242,12 @@ def _draw_panel(axis: Axes, grid: Grid, table: Table, ipc: int) -> None:
     axis.set_title(f"{grid.dataset}, IPC {ipc}")
 
 
-def _write_results(folder: Path, grid: Grid, table: Table, text: str) -> None:
+def _write_results(folder: Path, name: str, grid: Grid, table: Table, text: str) -> None:
     facts: dict[str, Any] = provenance(MODULE, seeds=grid.seeds)
-    stem = f"{facts['date']}-accuracy-{grid.dataset}"
+    stem = f"{facts['date']}-accuracy-{name}"
     make_folder(folder)
     write_json(folder / f"{stem}.json", facts | {"cells": [asdict(result) for result in table.values()]})
-    heading = f"# Accuracy on {grid.dataset}\n\n{provenance_text(facts)}"
+    heading = f"# Accuracy on {name}\n\n{provenance_text(facts)}"
     write_text(folder / f"{stem}.md", f"{heading}\n{text}\n\n![top-1]({stem}.png)\n")
     plot(folder / f"{stem}.png", grid, table)
 

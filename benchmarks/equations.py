@@ -101,6 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--teacher-checkpoint", type=Path, required=True, metavar="FILE", help="a trained teacher")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="keeps datasets and results")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"for the report ({RESULTS})")
+    parser.add_argument("--name", metavar="NAME", help="of the report's files (the dataset's and the images')")
     parser.add_argument(
         "--choices",
         nargs="+",
@@ -152,7 +153,7 @@ def measure_equations(options: argparse.Namespace) -> int:
     rows = [row for choice in choices for row in compare(grid, table, choice)]
     text = report(grid, table, rows)
     print(f"\n{text}")
-    _write_results(options.results, grid, table, rows, text)
+    _write_results(options.results, options.name or f"{grid.dataset}-{options.images}", grid, table, rows, text)
     return 0
 
 
@@ -237,13 +238,13 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
         figure.savefig(file, format="png", dpi=150)
 
 
-def _write_results(folder: Path, grid: Grid, table: Table, rows: Sequence[Row], text: str) -> None:
+def _write_results(folder: Path, name: str, grid: Grid, table: Table, rows: Sequence[Row], text: str) -> None:
     facts: dict[str, Any] = provenance(MODULE, seeds=grid.seeds)
-    stem = folder / f"{facts['date']}-equations-{grid.dataset}-{grid.images[0]}"
+    stem = folder / f"{facts['date']}-equations-{name}"
     make_folder(folder)
     cells = [asdict(result) for result in table.values()]
     write_json(stem.with_suffix(".json"), facts | {"rows": [asdict(row) for row in rows], "cells": cells})
-    heading = f"# The method's open choices, on {grid.dataset}\n\n{provenance_text(facts)}"
+    heading = f"# The method's open choices, on {name}\n\n{provenance_text(facts)}"
     write_text(stem.with_suffix(".md"), f"{heading}\n{text}\n\n![differences]({stem.name}.png)\n")
     plot(stem.with_suffix(".png"), rows)
 

@@ -40,6 +40,7 @@ examples:
 labels: dbr            the dataset's distances, with the DBR loss
         dbr-completed  the distances, what they leave to other classes spread by the images' priors
         soft           the teacher's whole output; it runs beside the student in every step
+        soft-top5      of that the five largest probabilities, the rest spread evenly over the other classes
         compact        the two stored distances as a two-class target
         one-hot        the two classes, weighted by their share of the image
 The result is the top-1 share on the source's real test images after the last epoch.

@@ -65,6 +65,7 @@ LABELS: dict[str, dict[str, Any]] = {
     "one-hot": {"labels": "one-hot"},
     "compact": {"labels": "compact"},
     "dbr": {"labels": "dbr"},
+    "dbr-completed": {"labels": "dbr-completed"},
     "soft": {"labels": "soft"},
     "soft-t20": {"labels": "soft", "soft_temperature": 20.0},
     "fkd-top5": {"labels": "soft-top5"},

@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,9 @@ def match_classes(
 
 
 def _by_name(given: GivenFolders, keys: Sequence[str], wanted: Sequence[str], subset: bool) -> list[str]:
+    for what, names in (("folders", keys), ("of the source's classes", wanted)):
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
+            raise DataError(f"{given.root}: several {what} are named {some(repeated)}, expected one of each name")
     folders = dict(zip(keys, given.folders, strict=True))
     missing = [name for name in wanted if name not in folders]
     if missing:
@@ -198,10 +202,14 @@ def stored_bytes(given: GivenImages, number: int, settings: EncodingSettings, *,
 
 
 def _fits(data: bytes, codec: Codec, size: int) -> bool:
-    """Whether a file is an image as a shard stores it, and shows the same without heed of its orientation tag."""
+    """Whether a file is an image as a shard stores it, one picture that shows the same to every reader.
+
+    An orientation tag or transparent colours are heeded by some and not by others.
+    """
     try:
         check_image(data, codec, size)
     except FormatError:
         return False
     with Image.open(io.BytesIO(data)) as image:
-        return image.getexif().get(_ORIENTATION) in _UPRIGHT
+        is_plain = getattr(image, "n_frames", 1) == 1 and "transparency" not in image.info
+        return is_plain and image.getexif().get(_ORIENTATION) in _UPRIGHT

@@ -7,6 +7,7 @@ scripts.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,14 +116,30 @@ def _load(data_dir: Path) -> Any:
 
 def _image_column(data_dir: Path, table: Any, named: str | None) -> str:
     found = [name for name, feature in table.features.items() if type(feature).__name__ == "Image"]
-    return _choose(data_dir, table, named, found, "--image-column", "images")
+    chosen = _choose(data_dir, table, named, found, "--image-column", "images")
+    feature = table.features[chosen]
+    if type(feature).__name__ != "Image" and getattr(feature, "dtype", None) not in ("binary", "large_binary"):
+        raise ConfigError(
+            f"--image-column: {chosen} of {data_dir} holds {_kind(feature)}, expected images or their bytes"
+        )
+    return chosen
 
 
 def _label_column(data_dir: Path, table: Any, named: str | None) -> str:
     found = [name for name, feature in table.features.items() if type(feature).__name__ == "ClassLabel"]
     if not found and "label" in table.features:
         found = ["label"]
-    return _choose(data_dir, table, named, found, "--label-column", "labels")
+    chosen = _choose(data_dir, table, named, found, "--label-column", "labels")
+    feature = table.features[chosen]
+    dtype = str(getattr(feature, "dtype", None))
+    if type(feature).__name__ not in ("ClassLabel", "Value") or not re.fullmatch(r"u?int\d+|(large_)?string", dtype):
+        raise ConfigError(f"--label-column: {chosen} of {data_dir} holds {_kind(feature)}, expected numbers or names")
+    return chosen
+
+
+def _kind(feature: Any) -> str:
+    """What a column holds, in a word or two."""
+    return f"{type(feature).__name__} ({feature.dtype})" if hasattr(feature, "dtype") else type(feature).__name__
 
 
 def _choose(data_dir: Path, table: Any, named: str | None, found: list[str], option: str, what: str) -> str:

@@ -233,13 +233,15 @@ def _stages(
     drawn = {name: value for name, value in asdict(settings.records).items() if name not in STORED_ONLY}
     scan_stage = Stage(work, "scan", wanted | seed, source.train.fingerprint() if given is None else given.sha256)
     discovery = Stage(work, "discovery", asdict(settings.discovery) | makes | seed, scan_stage.key)
-    refinement = Stage(work, "refinement", asdict(settings.refinement) | seed, discovery.key)
-    images = refinement.key if given is None else f"{given.sha256} {config.image_quality}"
+    mixes = {"mixes": settings.records.mixes}  # label refinement draws from the dataset's codebook
+    refinement = Stage(work, "refinement", asdict(settings.refinement) | mixes | seed, discovery.key)
+    images = refinement.key if given is None else f"{given.sha256} {source.size} {config.image_quality}"
     encoding = Stage(work, "encoding", asdict(settings.encoding), images)
     relabeling = Stage(work, "relabeling", drawn | labels | seed, encoding.key)
     priors = Stage(work, "priors", drawn | labels | seed | {"epochs": PRIOR_EPOCHS}, encoding.key)
     stored = {
         "records": asdict(settings.records),
+        "dataset": source.name,
         "class_names": list(source.class_names),
         "wnids": source.wnids,
         "license": config.source_license,

@@ -10,11 +10,12 @@ import json
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,10 @@ CLASS_NAMES = "classnames.txt"
 """A file beside the shards, or beside the splits' folders: the class of label k in line k."""
 TESTS = ("test", "val", "validation")
 LABEL, MAX_LABEL_BYTES = "label", 1 << 20
+MAX_LABEL_DIGITS = 18
+"""Of a label that is a number."""
+MAX_HEADER_BYTES = 1 << 20
+"""Of an extended tar header, which holds a long name."""
 _BLOCK = bytes(tarfile.BLOCKSIZE)
 _URL = re.compile(r"pipe:|[a-z][a-z0-9+.-]*:/")
 _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|val)(?![a-z])")
@@ -173,19 +178,41 @@ def _members(path: Path, file: BinaryIO) -> Iterator[tuple[str, str, int, int]]:
         DataError: the tar is damaged, or ends without its end marker; Python's reader passes over either in silence.
     """
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=cast(BinaryIO, _Bounded(file)), mode="r:") as archive:
+            end = 0
             while (member := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # they would pile up
+                if member.size < 0 or archive.offset <= end:  # a negative size leads back to the same header
+                    raise tarfile.ReadError(f"the header before byte {archive.offset} states a size of {member.size}")
+                end = archive.offset
                 folder, name = os.path.split(member.name)
                 key, _, ending = name.partition(".")
                 if member.isreg() and not member.issparse() and key and not member.name.startswith("__"):
                     yield os.path.join(folder, key), ending.lower(), member.offset_data, member.size
             end = archive.offset
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path}: is no whole tar file ({reason}); fetch it again") from error
     if _read(file, end, len(_BLOCK)) != _BLOCK:
         raise DataError(f"{path}: is damaged or cut off at byte {end}, before the tar's end marker; fetch it again")
+
+
+class _Bounded:
+    """A file for `tarfile`, which asks for as many bytes as an extended header says it has."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"an extended header states {size} bytes, expected at most {MAX_HEADER_BYTES}")
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 def _read(file: BinaryIO, offset: int, length: int) -> bytes:
@@ -212,7 +239,8 @@ def _label(where: str, members: dict[str, list[int]], file: BinaryIO, named: str
     for ending in (named.lower() if named else None, "cls" if named is None else None):
         if ending in members:
             text = _text(where, ending, members[ending], file).strip()
-            return int(text) if text.isdecimal() and text.isascii() else text
+            is_number = text.isdecimal() and text.isascii() and len(text) <= MAX_LABEL_DIGITS
+            return int(text) if is_number else text
     name = named or LABEL
     if "json" in members:
         try:
@@ -259,6 +287,9 @@ def _class_names(root: Path, index: _Index) -> list[Label]:
 
 
 def _images(index: _Index, names: Sequence[Label], size: int) -> TarImages:
+    named = {value for value in index.labels if isinstance(value, str)}
+    if repeated := [str(name) for name, count in Counter(names).items() if count > 1 and name in named]:
+        raise DataError(f"{CLASS_NAMES}: several classes are named {some(repeated)}, which samples have as label")
     known = {name: label for label, name in enumerate(names)}
     labels = np.empty(len(index.keys), np.int64)
     for row, value in enumerate(index.labels):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -34,14 +35,19 @@ class Slots:
 
     Args:
         count: how many batches may lie in slots at a time.
-        nbytes: size of a slot. Nothing is touched here: what no batch fills is never taken from the system.
+        nbytes: size of a slot. Nothing is touched here: what no batch fills takes up no memory (but room in /dev/shm).
         shared: other processes write them.
+
+    Raises:
+        RuntimeError: there is not so much shared memory.
     """
 
     def __init__(self, count: int, nbytes: int, *, shared: bool) -> None:
-        self.memory = torch.empty((count, nbytes), dtype=torch.uint8)
-        if shared:
-            self.memory.share_memory_()  # type: ignore[no-untyped-call]
+        # `share_memory_` would copy, and so touch, every page.
+        new: Callable[[int], torch.UntypedStorage] = (
+            torch.UntypedStorage._new_shared if shared else torch.UntypedStorage
+        )
+        self.memory = torch.empty(0, dtype=torch.uint8).set_(new(count * nbytes)).view(count, nbytes)
         self._free = list(range(count))
         self._reserved: deque[int | None] = deque()
 

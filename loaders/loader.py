@@ -329,13 +329,19 @@ class DBRLoader:
         if self._pin_memory:  # torch pins in a thread that knows nothing of slots
             return None
         # A tail may add a pair; a batch not replayed yet holds at most two images a pair, a byte a value.
-        images = (self._batch_size + 1) * (1 if self._device.type == "cpu" else 2)
-        value = 4 if self._device.type == "cpu" else 1
-        return Slots(
-            _PREFETCHED * self._num_workers + 2,
-            images * 3 * self._manifest.images.size**2 * value,
-            shared=self._num_workers > 0,
-        )
+        on_cpu = self._device.type == "cpu"
+        images = (min(self._batch_size, self._pairs) + 1) * (1 if on_cpu else 2)
+        nbytes = images * 3 * self._manifest.images.size**2 * (4 if on_cpu else 1)
+        count = _PREFETCHED * self._num_workers + 2
+        try:
+            return Slots(count, nbytes, shared=self._num_workers > 0)
+        except RuntimeError:
+            warnings.warn(
+                f"no room for {count * nbytes:,} bytes of shared memory ({count} batches), so every batch takes new "
+                f"memory, which is slower; make /dev/shm larger, or lower num_workers or batch_size",
+                stacklevel=4,
+            )
+            return None
 
     def _readings(self) -> Iterator[DBRBatch | PlannedBatch | NrrddError]:
         try:

@@ -189,7 +189,8 @@ def completed_labels(batch: DBRBatch, classes: int) -> Tensor:
         others = others.scatter(1, batch.further.classes, 0.0)
     total, spread = known.sum(1, keepdim=True), others.sum(1, keepdim=True)
     # With no class to take the rest, what the rounding of distances left out is shared in proportion.
-    known = known / torch.where(spread > 0, total.clamp_min(1), total)
+    tiny = torch.finfo(total.dtype).tiny
+    known = known / torch.where(spread > 0, total.clamp_min(1), total.clamp_min(tiny))
     rest = (1 - known.sum(1, keepdim=True)).clamp_min(0)
     return known + rest * others / torch.where(spread > 0, spread, 1.0)
 

@@ -17,6 +17,8 @@ from nrrdd_format.errors import FormatError
 from nrrdd_format.manifest import Codec
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_DEPTH = 24
+"""Where the first chunk states the bits of a colour."""
 _PNG_CHUNK = struct.Struct(">I4s")  # length of the data, type; a CRC-32 follows the data
 # JPEG markers: an end, those without a length, and the one that compressed data follow.
 _EOI, _SOS, _BARE = 0xD9, 0xDA, {0x01, *range(0xD0, 0xD9)}
@@ -54,6 +56,8 @@ def check_image(data: bytes, codec: Codec, size: int) -> None:
         raise FormatError(f"image is {image.size[0]}x{image.size[1]}, expected {size}x{size} (manifest)")
     if image.mode not in _MODES:
         raise FormatError(f"image has pixels of kind {image.mode}, expected 8-bit RGB or grey")
+    if codec == "png" and data[_PNG_DEPTH] != 8:  # which Pillow reads as 8-bit
+        raise FormatError(f"image has {data[_PNG_DEPTH]} bits a colour, expected 8")
     try:
         end = {"jpeg": _jpeg_end, "png": _png_end, "webp": _webp_end}[codec](data)
     except (IndexError, struct.error):  # a length that points past the end

@@ -100,6 +100,38 @@ def test_batches_that_are_kept_stay_as_they_are(dataset: Path) -> None:
     assert torch.equal(images, copy.images[:, :1])
 
 
+def test_memory_is_not_taken_before_a_batch_fills_it() -> None:
+    def shared_mb() -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("RssShmem:")) / 1000
+
+    if not Path("/proc/self/status").exists():
+        pytest.skip("only Linux tells how much memory is shared")
+    before = shared_mb()
+    slots = Slots(4, 2**24, shared=True)
+    assert shared_mb() - before < 1
+    slots.memory[0].fill_(1)
+    assert shared_mb() - before > 16
+
+
+def test_without_room_for_slots_batches_travel_in_torchs_way(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(nbytes: int) -> torch.UntypedStorage:
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+    expected = list(DBRLoader(dataset, 3))
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    with pytest.warns(UserWarning, match="no room for [0-9,]+ bytes of shared memory .* make /dev/shm larger"):
+        loader = DBRLoader(dataset, 3, num_workers=1)
+    monkeypatch.undo()
+    assert all(same(one, other) for one, other in zip(loader, expected, strict=True))
+
+
+def test_slots_are_no_larger_than_the_dataset(dataset: Path) -> None:
+    loader = DBRLoader(dataset, 10**9)
+    assert loader._slots is not None
+    assert loader._slots.memory.numel() < 10**6
+
+
 def test_iterations_given_up_early_lose_no_slot(dataset: Path) -> None:
     expected = next(iter(DBRLoader(dataset, 1)))
     loader = DBRLoader(dataset, 1, num_workers=2)

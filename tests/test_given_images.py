@@ -5,9 +5,13 @@ from __future__ import annotations
 import io
 import json
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +21,14 @@ import torch
 from PIL import Image
 
 from builders.cli import main, parse
-from builders.config import BuildConfig
-from builders.given_images import find_given, list_given, match_classes
+from builders.config import BuildConfig, EncodingSettings
+from builders.given_images import find_given, list_given, match_classes, stored_bytes
 from builders.inputs import load_inputs
 from builders.models import create_model
 from builders.pipeline import build
 from builders.teacher import mixed_up_classes, save_checkpoint
 from nrrdd_format.dataset import open_dataset
-from nrrdd_format.errors import ConfigError, DataError, TeacherError
+from nrrdd_format.errors import ConfigError, DataError, OutputError, TeacherError
 from nrrdd_format.replay import decode_image
 from nrrdd_format.verify import verify_dataset
 
@@ -176,6 +180,50 @@ def test_what_does_not_fit_is_encoded_from_its_pixels(made: Path, tmp_path: Path
         np.testing.assert_array_equal(decode_image(found[label, 0], SIZE).numpy(), inputs.given.files.read(label))
 
 
+def sixteen_bits(path: Path) -> None:
+    """A PNG of 16-bit RGB, which Pillow reads as 8-bit but does not write."""
+    rows = b"".join(b"\0" + bytes(6 * SIZE) for _ in range(SIZE))
+    content = struct.pack(">IIBBBBB", SIZE, SIZE, 16, 2, 0, 0, 0)
+    chunks = ((b"IHDR", content), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    coded = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(coded))
+
+
+def transparent(path: Path) -> None:
+    path.write_bytes(picture(1, "PNG", transparency=(7, 7, 7)))
+
+
+def animated(path: Path) -> None:
+    frames = [Image.open(io.BytesIO(picture(number, "PNG"))) for number in range(2)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+@pytest.mark.parametrize("write", [sixteen_bits, transparent, animated])
+def test_a_file_that_readers_may_show_differently_does_not_keep_its_bytes(
+    write: Callable[[Path], None], tmp_path: Path
+) -> None:
+    syn = write_images(tmp_path / "syn", ending="png")
+    write(syn / "ape" / "0.png")
+    given = list_given(syn, CLASSES, CLASSES, ipc=0, size=SIZE)
+    settings = EncodingSettings(codec="png", quality=None, shard_images=10)
+    assert stored_bytes(given, 3, settings, keep=True) == (syn / "ape" / "1.png").read_bytes()
+    assert stored_bytes(given, 0, settings, keep=True) != (syn / "ape" / "0.png").read_bytes()
+
+
+def test_another_size_is_another_build(made: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_checkpoint(tmp_path / "teacher.pt", create_model("resnet18-small-w8", 3, SIZE), "resnet18-small-w8", CLASSES)
+    teacher = {"teacher_checkpoint": tmp_path / "teacher.pt"}
+    sizes = config(tmp_path / "out", from_images=made / "syn", data_dir=made / "real", size=SIZE, **teacher)
+    build(sizes)
+    other = replace(sizes, size=SIZE // 2)
+    with pytest.raises(OutputError, match="other settings"):
+        build(other)
+    out = build(replace(other, out=tmp_path / "small", work_dir=sizes.work_path))
+    assert verify_dataset(out) == []
+    assert open_dataset(out).manifest.images.size == SIZE // 2
+
+
 def config(out: Path, **changes: Any) -> BuildConfig:
     teacher = changes.get("data_dir", Path()).parent / "teacher.pt"
     base: dict[str, Any] = {"dataset": "imagefolder", "ipc": 0, "epochs": 1, "min_teacher_top1": 0.0, "device": "cpu"}
@@ -293,6 +341,26 @@ def test_classes_txt_names_the_folders(tmp_path: Path) -> None:
     (syn / "classes.txt").write_text("0_cat\tcat\n1_ape\tape\n2_bee\tbee\n")
     folders, by_position = match_classes(find_given(syn), CLASSES, None, subset=False)
     assert (folders, by_position) == (["1_ape", "2_bee", "0_cat"], False)
+
+
+@pytest.mark.parametrize(
+    ("folders", "classes", "message"),
+    [
+        (("0\tcrane", "1\tcrane", "2\tdog"), ["crane", "ape", "dog"], "several folders are named crane"),
+        (
+            ("0\tcrane", "1\tape", "2\tdog"),
+            ["crane", "crane", "dog"],
+            "several of the source's classes are named crane",
+        ),
+    ],
+)
+def test_names_that_cannot_be_told_apart_are_refused(
+    folders: tuple[str, ...], classes: list[str], message: str, tmp_path: Path
+) -> None:
+    syn = write_images(tmp_path / "syn", ("0", "1", "2"), count=1)
+    (syn / "classes.txt").write_text("\n".join(folders) + "\n")
+    with pytest.raises(DataError, match=message):
+        match_classes(find_given(syn), classes, None, subset=False)
 
 
 def test_wnids_match_whatever_their_words(tmp_path: Path) -> None:

@@ -132,10 +132,12 @@ def test_labels_without_names_are_their_sorted_values(tmp_path: Path, values: li
     assert [names[label] for label in source.train.labels] == [str(value) for value in values]
 
 
-def test_labels_that_are_no_classes(tmp_path: Path) -> None:
-    table().add_column("share", [k / 9 for k in range(9)]).save_to_disk(str(tmp_path / "shares"))
-    with pytest.raises(DataError, match=r"the column share holds .* expected class names"):
-        load(tmp_path / "shares", label="share")
+@pytest.mark.parametrize("value", [0.5, [1, 2], {"a": 1}, True])
+@pytest.mark.parametrize(("option", "expected"), [("label", "numbers or names"), ("image", "images or their bytes")])
+def test_a_column_of_another_kind_is_refused(tmp_path: Path, value: Any, option: str, expected: str) -> None:
+    table().add_column("other", [value] * 9).save_to_disk(str(tmp_path / "kinds"))
+    with pytest.raises(ConfigError, match=rf"--{option}-column: other of .* holds .*, expected {expected}"):
+        load(tmp_path / "kinds", None, size=SIZE, **{option: "other"})
 
 
 def test_rows_without_label(tmp_path: Path) -> None:

@@ -280,6 +280,20 @@ def test_completed_labels_are_distributions_that_keep_what_is_stored(classes: in
     torch.testing.assert_close(kept, p / torch.where(complete, total, total.clamp_min(1)), rtol=1e-5, atol=1e-6)
 
 
+def test_distances_beyond_all_probabilities_complete_to_numbers() -> None:
+    far = torch.tensor([1e6])
+    batch = DBRBatch(
+        images=torch.zeros(1, 3, 2, 2),
+        label_org=torch.tensor([0]),
+        label_aug=torch.tensor([1]),
+        lam=torch.tensor([0.5]),
+        distance_org=far,
+        distance_aug=far,
+    )
+    assert completed_labels(batch, 2).isfinite().all()
+    assert torch.equal(completed_labels(batch, 3), torch.tensor([[0.0, 0.0, 1.0]]))
+
+
 @given(st.integers(3, 12), st.integers(0, 2**32 - 1))
 def test_with_all_other_classes_the_completed_label_is_the_soft_label(classes: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

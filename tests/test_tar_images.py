@@ -246,6 +246,41 @@ def test_a_damaged_header_does_not_end_the_shard_in_silence(tmp_path: Path) -> N
     refuse(tmp_path, rf"0\.tar: is damaged or cut off at byte {place}, before the tar's end marker")
 
 
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A tar header that states any size, also one that `tarfile` would not write."""
+    block = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
+    octal = 0 <= size < 8**11
+    block[124:136] = b"%011o\0" % size if octal else (size % 256**12 | (1 << 95 if size > 0 else 0)).to_bytes(12, "big")
+    block[156:157] = kind
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XGLTYPE])
+@pytest.mark.parametrize("size", [-512, -5 * 512, 2**36, 2**61, 2**66])
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_header_that_states_an_impossible_size_ends_neither_in_a_loop_nor_in_full_memory(
+    tmp_path: Path, kind: bytes, size: int, is_first: bool
+) -> None:
+    path = write_tar(tmp_path / "0.tar", samples(range(2)))
+    with tarfile.open(path) as archive:
+        place = 0 if is_first else archive.getmembers()[-1].offset_data + 512
+    path.write_bytes(path.read_bytes()[:place] + header("notes.txt", size, kind) + bytes(2 * 512))
+    refuse(tmp_path, r"0\.tar: (is no whole tar file|is damaged or cut off at byte)")
+
+
+def test_a_number_of_too_many_digits_is_no_label(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", samples(range(3)) | {"9.png": encoded(9), "9.cls": b"7" * 5000})
+    refuse(tmp_path, "found numbers and names as labels")
+
+
+def test_a_class_name_that_labels_cannot_tell_apart_is_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", {"0.png": encoded(0), "0.cls": b"crane", "1.png": encoded(1), "1.cls": b"dog"})
+    (tmp_path / "classnames.txt").write_text("crane\ncrane\ndog\n")
+    refuse(tmp_path, r"classnames\.txt: several classes are named crane")
+
+
 @pytest.mark.parametrize("content", [b"", b"text" * 500, b"\x1f\x8b\x08" + bytes(600)])
 def test_what_is_no_tar(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "0.tar").write_bytes(content)

@@ -38,7 +38,7 @@ examples:
   nrrdd student digits-ipc10 --labels dbr
   nrrdd student cifar10-ipc10 --labels soft --teacher-checkpoint cifar10-teacher.pt --data-dir data/cifar10
 labels: dbr            the dataset's distances, with the DBR loss
-        dbr-completed  the distances, what they leave to other classes spread by the images' priors
+        dbr-completed  the distances and further classes, what they leave to others spread by the images' priors
         soft           the teacher's whole output; it runs beside the student in every step
         soft-top5      of that the five largest probabilities, the rest spread evenly over the other classes
         compact        the two stored distances as a two-class target

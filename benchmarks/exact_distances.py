@@ -54,7 +54,7 @@ def exact_distances(dataset: Path, teacher_checkpoint: Path, device: str, *, epo
     parts = []
     with Progress(count, "exact distances", "epoch") as progress:
         for records in pairs:
-            part = relabel_epoch(
+            labelled = relabel_epoch(
                 images,
                 labels,
                 records,
@@ -63,7 +63,7 @@ def exact_distances(dataset: Path, teacher_checkpoint: Path, device: str, *, epo
                 mean=manifest.images.mean,
                 std=manifest.images.std,
             )
-            parts.append(part)
+            parts.append(np.stack([labelled.distance_org, labelled.distance_aug]))
             progress.advance()
     return np.stack(parts)
 

@@ -13,7 +13,20 @@ import msgpack
 
 from benchmarks.mutants import Expectation, Mutant, a_name, changed_manifest, sealed_parts, sealed_shard
 from benchmarks.mutate_zstd import ZSTD_FAULTS
-from benchmarks.mutation_parts import CLASSES, EPOCHS, IMAGES, LEVELS, PRIORS, Base, Draw, Map, frame, frame_of, seal
+from benchmarks.mutation_parts import (
+    CLASSES,
+    EPOCHS,
+    FURTHER,
+    IMAGES,
+    LEVELS,
+    PRIORS,
+    Base,
+    Draw,
+    Map,
+    frame,
+    frame_of,
+    seal,
+)
 from nrrdd_format.manifest import MANIFEST_NAME
 
 _WRONG_NUMBERS = (-1, 2**31, 2**32, 2**53, 2**63, 2**64 - 1)
@@ -132,7 +145,7 @@ def lie_in_priors(base: Base, draw: Draw) -> Mutant:
     elif what == "own class":
         image = at // count
         own = int(base.parts[name].images[image][0][9:14])
-        gaps = [own] if count == 1 else [[0, 0], [0, 0], [0, 1]][own]
+        gaps = [own] if count == 1 else [own, 0] if own < len(CLASSES) - 1 else [own - 1, 0]
         head["prior_gaps"][image * count : (image + 1) * count] = gaps
     elif what == "entries":
         head[key] = draw.one((head[key][:-1], [*head[key], 0], [], [head[key]]))
@@ -324,7 +337,7 @@ def _with_frame(
 def future_major_version(base: Base, draw: Draw) -> Mutant:
     """A major version this reader does not know, or no version at all."""
     version: object = draw.one(
-        ([2, 0], [0, 9], [2**31, 0], [-1, 0], [1], [1, 0, 0], "1.0", 1, None, [1.0, 0], [True, 0], {})
+        ([3, 0], [0, 9], [2**31, 0], [-1, 0], [1], [1, 0, 0], "1.0", 1, None, [1.0, 0], [True, 0], {})
     )
     if draw.chance(2):
         return changed_manifest(base, lambda content: content.update(version=version), "broken", f"version {version}")
@@ -335,7 +348,7 @@ def future_major_version(base: Base, draw: Draw) -> Mutant:
 
 def future_minor_version(base: Base, draw: Draw) -> Mutant:
     """A higher minor version with keys of its own."""
-    version, news = [1, draw.between(1, 2**31)], draw.one((1, "x", [1, 2], {"a": None}, 0.5))
+    version, news = [2, draw.between(1, 2**31)], draw.one((1, "x", [1, 2], {"a": None}, 0.5))
     if draw.chance(2):
         return changed_manifest(
             base, lambda content: content.update(version=version, news=news), "harmless", "minor version"
@@ -344,6 +357,13 @@ def future_minor_version(base: Base, draw: Draw) -> Mutant:
     parts = base.parts[name]
     header, head = parts.header | {"version": version, "news": news}, parts.head | {"news": news}
     return sealed_parts(base, name, replace(parts, header=header, head=head), "harmless", "minor version")
+
+
+def past_major_version(base: Base, draw: Draw) -> Mutant:
+    """A manifest states version 1, whose readers know no further classes."""
+    expectation: Expectation = "harmless" if FURTHER[base.coding] is None else "broken"
+    version = [1, draw.one((0, 1, 2**31))]
+    return changed_manifest(base, lambda content: content.update(version=version), expectation, f"version {version}")
 
 
 KINDS = (
@@ -359,4 +379,5 @@ KINDS = (
     stretch_header,
     future_major_version,
     future_minor_version,
+    past_major_version,
 )

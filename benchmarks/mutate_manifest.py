@@ -87,6 +87,12 @@ _MANIFEST_LIES: tuple[tuple[str, Callable[[Map, Draw], object], Expectation], ..
         lambda c, d: c["records"].update(priors=(c["records"].get("priors") or 0) + d.between(1, 3)),
         "broken",
     ),
+    (
+        "records.further",
+        lambda c, d: c["records"].update(further=(c["records"].get("further") or 0) + d.between(1, 20)),
+        "broken",
+    ),
+    ("further classes left out", lambda c, d: c["records"].pop("further", None), "open"),
     ("priors left out", lambda c, d: c["records"].pop("priors", None), "open"),
     ("images.flip", _put("images", "flip", value=lambda old, draw: not old), "open"),
     ("a distance missing", lambda c, d: c["codebooks"]["distances"].pop(), "open"),
@@ -131,6 +137,7 @@ _NULLABLE = (
     "codebooks.views",
     "codebooks.mixes",
     "records.priors",
+    "records.further",
 )
 
 

@@ -11,6 +11,7 @@ from benchmarks.mutate_zstd import ZSTD_FAULTS, zstd_frame
 from benchmarks.mutation_parts import (
     CLASSES,
     CYCLE,
+    FURTHER,
     IMAGES,
     LEVELS,
     MIX_GROUP,
@@ -125,21 +126,25 @@ def change_block_content(base: Base, draw: Draw) -> Mutant:
 def leave_range(base: Base, draw: Draw) -> Mutant:
     """A field of a block is out of its range."""
     name, block, content = a_block(base, draw)
-    what, changed = draw.one(list(_out_of_range(base.coding, content, draw)))
+    labels = [int(image[9:14]) for image, _ in base.parts[name].images]
+    what, changed = draw.one(list(_out_of_range(base.coding, content, labels, draw)))
     return with_content(base, name, block, changed, "broken", what)
 
 
-def _out_of_range(coding: str, content: bytes, draw: Draw) -> Iterator[tuple[str, bytes]]:
-    """Contents that break one rule each."""
+def _out_of_range(coding: str, content: bytes, labels: list[int], draw: Draw) -> Iterator[tuple[str, bytes]]:
+    """Contents that break one rule each; `labels` are the images'."""
     fields = {"explicit": _explicit_fields, "verbatim": _verbatim_fields, "derived": list}[coding]()
     width = (sum(width for _, width, _ in fields) + 7) // 8
     pairs = VERBATIM_PAIRS if coding == "verbatim" else IMAGES
-    epochs = len(content) // (width + pairs * (1 if LEVELS[coding] <= 16 else 2))
+    level_bytes, further = 1 if LEVELS[coding] <= 16 else 2, FURTHER[coding] or 0
+    epochs = len(content) // (width + pairs * (level_bytes + 2 * further))
     first = draw.below(epochs) * width * 8
-    levels = range(epochs * width, len(content))
+    levels = range(epochs * width, epochs * (width + pairs * level_bytes))
     high = LEVELS[coding] ** 2 if LEVELS[coding] <= 16 else LEVELS[coding]
     at = draw.one(levels)
     yield "level", content[:at] + bytes([draw.between(high, 255)]) + content[at + 1 :]
+    if further:
+        yield from _further_faults(coding, content[levels.stop :], content[: levels.stop], draw)
     if coding == "derived":
         return
     starts = [sum(w for _, w, _ in fields[:i]) for i in range(len(fields))]
@@ -156,6 +161,29 @@ def _out_of_range(coding: str, content: bytes, draw: Draw) -> Iterator[tuple[str
     )
     if coding == "verbatim":
         yield from _verbatim_faults(content, first, [name for name, _, _ in fields], starts, draw)
+        pair, bits = draw.below(pairs), (IMAGES - 1).bit_length()
+        own = labels[_get_bits(content, first + pair * bits, bits)]
+        at = levels.stop + first // 8 // width * pairs + pair
+        yield "a further class of the pair's own", content[:at] + bytes([own]) + content[at + 1 :]
+
+
+def _further_faults(coding: str, columns: bytes, before: bytes, draw: Draw) -> Iterator[tuple[str, bytes]]:
+    """Faults in the columns behind the levels: first all classes, a row for each of the x, then all levels."""
+    half, count = len(columns) // 2, FURTHER[coding] or 0
+    at, row = draw.below(half), half // count
+
+    def put(place: int, value: int) -> bytes:
+        return before + columns[:place] + bytes([value]) + columns[place + 1 :]
+
+    yield "a further class", put(at, draw.between(len(CLASSES), 255))
+    yield "a further level", put(half + at, draw.between(LEVELS[coding], 255))
+    if count > 1:
+        at %= row
+        yield "a further class twice", put(row + at, columns[at])
+        falling = [i for i in range(row) if columns[half + i] > 0]
+        if falling:
+            at = draw.one(falling)
+            yield "further levels that fall", put(half + row + at, draw.below(columns[half + at]))
 
 
 def _explicit_fields() -> list[tuple[str, int, int]]:

@@ -20,7 +20,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -103,7 +103,7 @@ def _read_shard(reader: ShardReader) -> ShardData:
 
 
 def _columns(records: PairRecords) -> list[bytes]:
-    return [getattr(records, field.name).tobytes() for field in fields(records)]
+    return [column.tobytes() for column in records.columns().values()]
 
 
 # ---- one case

@@ -39,8 +39,9 @@ SHARDS, IMAGES, EPOCHS, BLOCK_EPOCHS, CYCLE, MIX_GROUP = 2, 6, 3, 2, 3, 2
 VERBATIM_PAIRS = 5
 VIEWS, MIXES = 6, 5
 LEVELS = {"explicit": 5, "derived": 20, "verbatim": 12}  # up to 16 levels, both of a pair share a byte
-CLASSES = ("circle", "square", "star")
+CLASSES = ("circle", "square", "star", "cross", "ring")
 PRIORS = {"explicit": 1, "derived": 2, "verbatim": None}  # classes in each image's prior
+FURTHER = {"explicit": None, "derived": 1, "verbatim": 2}  # further classes of each pair
 
 
 class Draw:
@@ -153,6 +154,7 @@ def _manifest(coding: Coding) -> Manifest:
             seed=11,
             mix="both",
             priors=PRIORS[coding],
+            further=FURTHER[coding],
         ),
         codebooks=Codebooks(
             views=None if verbatim else view_codebook(5, SIZE, (0.3, 1.0), count=VIEWS),
@@ -192,7 +194,19 @@ def _records(layout: RecordLayout, shard: int, epoch: int) -> PairRecords:
     level = [
         draws.integers(3, f"level/{side}", shard, epoch, count=layout.pairs, high=len(layout.levels)) for side in (0, 1)
     ]
-    return replace(pairs, distance_org=layout.levels[level[0]], distance_aug=layout.levels[level[1]])
+    labelled = replace(pairs, distance_org=layout.levels[level[0]], distance_aug=layout.levels[level[1]])
+    return labelled if layout.further is None else _with_further(labelled, layout, layout.further, shard, epoch)
+
+
+def _with_further(records: PairRecords, layout: RecordLayout, count: int, shard: int, epoch: int) -> PairRecords:
+    """Any classes but the pair's own, with any levels."""
+    chance = Draw(shard, epoch)
+    own = (shard * IMAGES + np.stack([records.index_org, records.index_aug], axis=1)) % len(CLASSES)
+    others = [[c for c in range(len(CLASSES)) if c not in labels] for labels in own.tolist()]
+    firsts = [chance.below(len(row)) for row in others]
+    classes = [(row[at:] + row[:at])[:count] for row, at in zip(others, firsts, strict=True)]
+    levels = [sorted(chance.below(len(layout.levels)) for _ in range(count)) for _ in others]
+    return replace(records, further_classes=np.array(classes), further_distances=layout.levels[np.array(levels)])
 
 
 def _verbatim_pairs(layout: RecordLayout, shard: int, epoch: int) -> PairRecords:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from builders.card import dataset_card
-from builders.job import DISTANCES, MASSES, Job
+from builders.job import DISTANCES, FURTHER_CLASSES, FURTHER_DISTANCES, MASSES, Job
 from builders.preview import (
     SHOWN_INDICES,
     SHOWN_INITIAL,
@@ -110,11 +110,19 @@ def _priors(job: Job, shard: int) -> Priors | None:
 
 
 def _labelled_epochs(job: Job, shard: int) -> Iterator[PairRecords]:
-    """The pairs of every stored epoch of a shard with the teacher's distances."""
+    """The pairs of every stored epoch of a shard with what the teacher says of them."""
     layout = job.layout(shard)
     for epoch in range(job.settings.records.epochs):
         org, aug = job.relabeling.load_array(DISTANCES.format(shard, epoch))
-        yield replace(draw_pairs(layout, shard, epoch), distance_org=org, distance_aug=aug)
+        labelled = replace(draw_pairs(layout, shard, epoch), distance_org=org, distance_aug=aug)
+        yield labelled if layout.further is None else _with_further(job, shard, epoch, labelled)
+
+
+def _with_further(job: Job, shard: int, epoch: int, labelled: PairRecords) -> PairRecords:
+    classes, distances = (
+        job.relabeling.load_array(name.format(shard, epoch)) for name in (FURTHER_CLASSES, FURTHER_DISTANCES)
+    )
+    return replace(labelled, further_classes=classes.astype(np.int64), further_distances=distances)
 
 
 def _finish(job: Job, folder: Path, teacher_top1: float | None) -> None:
@@ -174,6 +182,7 @@ def make_manifest(job: Job, entries: list[ShardEntry], teacher_top1: float | Non
             mix=records.mix,
             temperature=records.temperature,
             priors=records.priors,
+            further=records.further,
         ),
         codebooks=job.codebooks,
         teacher=TeacherInfo(

@@ -204,6 +204,9 @@ def _add_records(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="other classes stored once an image, to complete its labels (0: none)",
     )
+    group.add_argument(
+        "--further", type=int, metavar="N", help="other classes stored with each pair, to complete its label (0: none)"
+    )
     group.add_argument("--image-codec", choices=get_args(options.Codec), help="png up to 64 px, else jpeg")
     group.add_argument("--image-quality", type=int, metavar="Q", help="of JPEG and WebP (90)")
     group.add_argument("--shard-images", type=int, metavar="N", help="images aimed at in a shard (1000)")

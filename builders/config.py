@@ -15,7 +15,16 @@ from typing import Literal
 
 from builders.sources import Source
 from nrrdd_format.errors import ConfigError
-from nrrdd_format.limits import MAX_CLASSES, MAX_DRAWN_IMAGES, MAX_EPOCHS, MAX_IMAGES, MAX_LEVELS, MAX_MIXES, MAX_VIEWS
+from nrrdd_format.limits import (
+    MAX_CLASSES,
+    MAX_DRAWN_IMAGES,
+    MAX_EPOCHS,
+    MAX_FURTHER,
+    MAX_IMAGES,
+    MAX_LEVELS,
+    MAX_MIXES,
+    MAX_VIEWS,
+)
 
 BLOCK_PAIRS = 20_000
 """Pairs that are compressed together, about: fewer cost bytes, more cost time where one epoch is read."""
@@ -127,6 +136,8 @@ class RecordSettings:
     mixes: int
     priors: int | None
     """Classes in each image's prior; None: no priors."""
+    further: int | None
+    """Further classes of each pair; None: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +239,8 @@ class BuildConfig:
     """Mixes in the codebook that pairs' mixes are drawn from."""
     priors: int = 0
     """Classes in each image's prior, at most; 0: no priors."""
+    further: int = 0
+    """Further classes of each pair, at most."""
     image_codec: Codec | None = None
     image_quality: int | None = None
     shard_images: int = 1000
@@ -250,6 +263,7 @@ class BuildConfig:
         _between("--views", self.views, 1, MAX_VIEWS)
         _between("--mixes", self.mixes, 1, MAX_MIXES)
         _between("--priors", self.priors, 0, MAX_CLASSES - 1)
+        _between("--further", self.further, 0, MAX_FURTHER)
         _between("--epsilon", self.epsilon, 0, 1)
         _at_least("--cam-every", self.cam_every, 0)
         _positive("--learning-rate", self.learning_rate)
@@ -347,6 +361,7 @@ def plan_settings(config: BuildConfig, source: Source, given_codec: Codec | None
             views=config.views,
             mixes=config.mixes,
             priors=min(config.priors, len(source.class_names) - 1) or None,
+            further=max(0, min(config.further, len(source.class_names) - 2)) or None,
         ),
     )
 

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from builders.progress import Progress
-from builders.relabel import BATCH, distances_of
+from builders.relabel import BATCH, label_pairs
 from builders.teacher import Teacher
 from nrrdd_format import draws
 from nrrdd_format.codebooks import quantize
@@ -151,7 +151,8 @@ def _recompute(
     plan, info = plan_batch([(0, pairs)]), manifest.images
     images = stack_images([decode_image(reader.image_bytes(image), info.size) for image in plan.image.tolist()])
     mixed = replay(plan.with_images(images).to(device), mean=info.mean, std=info.std)
-    distances = distances_of(teacher.model(mixed), reader.labels, pairs, manifest.records.temperature)
+    computed = label_pairs(teacher.model(mixed), reader.labels, pairs, manifest.records.temperature)
+    distances = np.stack([computed.distance_org, computed.distance_aug])
     if not np.isfinite(distances).all():
         raise TeacherError(f"{reader.path}: the teacher gives a distance that is not finite; its weights are damaged")
     return distances

@@ -36,9 +36,11 @@ BATCH_ARRAY = "batch-{:05d}.npy"
 BATCH_LOSSES = "losses-{:05d}.json"
 SHARD_BYTES = "shard-{:05d}.msgpack"
 DISTANCES = "shard-{:05d}-epoch-{:05d}.npy"
+FURTHER_CLASSES = "classes-{:05d}-{:05d}.npy"
+FURTHER_DISTANCES = "further-{:05d}-{:05d}.npy"
 MASSES = "shard-{:05d}.npy"
 
-STORED_ONLY = ("epochs", "coding", "distance_levels", "block_epochs", "priors")
+STORED_ONLY = ("epochs", "coding", "distance_levels", "block_epochs", "priors", "further")
 """Record settings that decide what is stored of the teacher's answers, not what they are."""
 PRIOR_EPOCHS = 16
 """Drawn epochs over which an image's prior is averaged, however many are stored."""
@@ -161,6 +163,7 @@ class Job:
             mixes=self.codebooks.mix_table(self.source.size),
             levels=self.codebooks.distances,
             priors=records.priors,
+            further=records.further,
         )
 
 
@@ -237,7 +240,8 @@ def _stages(
     refinement = Stage(work, "refinement", asdict(settings.refinement) | mixes | seed, discovery.key)
     images = refinement.key if given is None else f"{given.sha256} {source.size} {config.image_quality}"
     encoding = Stage(work, "encoding", asdict(settings.encoding), images)
-    relabeling = Stage(work, "relabeling", drawn | labels | seed, encoding.key)
+    asked = {"further": settings.records.further}
+    relabeling = Stage(work, "relabeling", drawn | labels | seed | asked, encoding.key)
     priors = Stage(work, "priors", drawn | labels | seed | {"epochs": PRIOR_EPOCHS}, encoding.key)
     stored = {
         "records": asdict(settings.records),

@@ -123,7 +123,7 @@ def labels(job: Job, images: NDArray[np.uint8]) -> Labels:
     shard = torch.from_numpy(images[np.arange(len(members)) % len(images)]).to(job.device)
     pairs = draw_pairs(layout, 0, 0).take(np.arange(min(BATCH, len(members))))
 
-    def label() -> NDArray[np.float32]:
+    def label() -> PairRecords:
         return relabel_epoch(
             shard,
             job.labels[members],
@@ -132,11 +132,12 @@ def labels(job: Job, images: NDArray[np.uint8]) -> Labels:
             temperature=job.settings.records.temperature,
             mean=job.mean,
             std=job.std,
+            further=job.settings.records.further,
         )
 
-    distances, first = _timed(label)
+    labelled, first = _timed(label)
     seconds = first if first > AFFORDABLE else _timed(label)[1]
-    epochs = list(_epochs(job, distances))
+    epochs = list(_epochs(job, labelled))
     blocks, write_seconds = _timed(lambda: encode_shard_records(epochs, layout, 0))
     written = len(epochs) * layout.pairs
     return Labels(
@@ -146,13 +147,19 @@ def labels(job: Job, images: NDArray[np.uint8]) -> Labels:
     )
 
 
-def _epochs(job: Job, distances: NDArray[np.float32]) -> Iterator[PairRecords]:
-    """A block's epochs of the first shard, their distances drawn from those given."""
+def _epochs(job: Job, labelled: PairRecords) -> Iterator[PairRecords]:
+    """A block's epochs of the first shard, their labels drawn from those given."""
     layout = job.layout(0)
     for epoch in range(min(layout.block_epochs, job.settings.records.epochs)):
-        chosen = draws.integers(0, "plan-distances", epoch, count=layout.pairs, high=distances.shape[1])
-        org, aug = distances[:, chosen]
-        yield replace(draw_pairs(layout, 0, epoch), distance_org=org, distance_aug=aug)
+        chosen = draws.integers(0, "plan-distances", epoch, count=layout.pairs, high=len(labelled))
+        labels = labelled.take(chosen)
+        yield replace(
+            draw_pairs(layout, 0, epoch),
+            distance_org=labels.distance_org,
+            distance_aug=labels.distance_aug,
+            further_classes=labels.further_classes,
+            further_distances=labels.further_distances,
+        )
 
 
 def _warm(call: Callable[[], object]) -> float:

@@ -29,6 +29,8 @@ from builders.job import (
     CLASS_ARRAY,
     CLASS_JSON,
     DISTANCES,
+    FURTHER_CLASSES,
+    FURTHER_DISTANCES,
     MASSES,
     PRIOR_EPOCHS,
     SHARD_BYTES,
@@ -46,7 +48,7 @@ from builders.teacher import PREFLIGHT_IMAGES, mixed_up_classes, predict, prefli
 from builders.workdir import Stage
 from nrrdd_format import draws
 from nrrdd_format.errors import DataError
-from nrrdd_format.pairs import draw_pairs
+from nrrdd_format.pairs import PairRecords, draw_pairs
 from nrrdd_format.replay import decode_image, stack_images
 
 Unit = TypeVar("Unit", int, tuple[int, int])
@@ -239,13 +241,13 @@ def _given_bytes(job: Job, indices: list[int]) -> list[bytes]:
 
 
 def relabel(job: Job) -> None:
-    """Stage 3: the distances of every epoch of every shard."""
+    """Stage 3: the distances and further classes of every epoch of every shard."""
     units = [(shard, epoch) for shard in range(len(job.shards)) for epoch in range(job.settings.records.epochs)]
     decoded: tuple[int, torch.Tensor] | None = None
     for shard, epoch in _units(job, job.relabeling, DISTANCES, units, "relabel", "epoch"):
         if decoded is None or decoded[0] != shard:
             decoded = (shard, _decode(job, shard))
-        distances = relabel_epoch(
+        labelled = relabel_epoch(
             decoded[1],
             job.labels[job.shards[shard]],
             draw_pairs(job.layout(shard), shard, epoch),
@@ -253,9 +255,20 @@ def relabel(job: Job) -> None:
             temperature=job.settings.records.temperature,
             mean=job.mean,
             std=job.std,
+            further=job.settings.records.further,
         )
-        job.relabeling.save_array(DISTANCES.format(shard, epoch), distances)
+        _save_labels(job, shard, epoch, labelled)
     job.ranks.meet()
+
+
+def _save_labels(job: Job, shard: int, epoch: int, labelled: PairRecords) -> None:
+    """The distances come last: where they are, the epoch is finished."""
+    classes, others = labelled.further_classes, labelled.further_distances
+    if classes is not None and others is not None:
+        job.relabeling.save_array(FURTHER_CLASSES.format(shard, epoch), classes.astype(np.int32))
+        job.relabeling.save_array(FURTHER_DISTANCES.format(shard, epoch), others)
+    distances = np.stack([labelled.distance_org, labelled.distance_aug])
+    job.relabeling.save_array(DISTANCES.format(shard, epoch), distances)
 
 
 def find_priors(job: Job) -> None:

@@ -164,7 +164,7 @@ def _labelling(job: Job, images: NDArray[np.uint8]) -> list[StagePlan]:
             lambda: count * encode_seconds,
             count * image_bytes,
         ),
-        _stage(job.relabeling, "relabel", "epoch", distances, lambda: count * labels.seconds, 8 * count + ARRAY_HEADER),
+        _stage(job.relabeling, "relabel", "epoch", distances, lambda: count * labels.seconds, _label_bytes(job, count)),
         _stage(
             job.writing,
             WRITE,
@@ -174,6 +174,12 @@ def _labelling(job: Job, images: NDArray[np.uint8]) -> list[StagePlan]:
             stored,
         ),
     ]
+
+
+def _label_bytes(job: Job, count: float) -> float:
+    """Of one epoch of a shard with so many images: two distances a pair, and classes and distances of further ones."""
+    further = job.settings.records.further
+    return 8 * count + ARRAY_HEADER + (0 if further is None else 8 * further * count + 2 * ARRAY_HEADER)
 
 
 def _stage(

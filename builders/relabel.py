@@ -1,4 +1,4 @@
-"""Relabeling: the teacher's two distances for every pair of one shard and epoch (paper, Eq. 8), and images' priors.
+"""Relabeling: the teacher's two distances for every pair of a shard and epoch (paper, Eq. 8), and what completes them.
 
 The teacher sees what the student will see: the images as a shard holds them, encoded and decoded again, replayed by
 the same code as in the loader.
@@ -7,6 +7,7 @@ the same code as in the loader.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -29,8 +30,9 @@ def relabel_epoch(
     temperature: float,
     mean: Sequence[float],
     std: Sequence[float],
-) -> NDArray[np.float32]:
-    """Distances of some pairs of one stored epoch of one shard.
+    further: int | None = None,
+) -> PairRecords:
+    """Labels some pairs of one stored epoch of one shard.
 
     Args:
         images: (n, 3, S, S) uint8 on the teacher's device, as decoded from the shard's bytes.
@@ -39,23 +41,26 @@ def relabel_epoch(
         model: the teacher, in eval mode.
         temperature: τ of the softmax.
         mean, std: the teacher's normalisation.
+        further: how many further classes; None: none.
 
     Returns:
-        (2, P) float32: d_org = −log p[y_i] and d_aug = −log p[y_j] in nats.
+        The pairs with their distances and further classes, as `label_pairs` gives them.
 
     Raises:
         TeacherError: a distance is not finite.
     """
-    parts = [
-        distances_of(_logits(images, pairs, model, mean, std), labels, pairs, temperature)
-        for pairs in _batches(records)
-    ]
-    distances = np.concatenate(parts, axis=1)
-    if not np.isfinite(distances).all():
+    labelled = PairRecords.concatenate(
+        [
+            label_pairs(_logits(images, pairs, model, mean, std), labels, pairs, temperature, further)
+            for pairs in _batches(records)
+        ]
+    )
+    columns = (labelled.distance_org, labelled.distance_aug, labelled.further_distances)
+    if not all(np.isfinite(column).all() for column in columns if column is not None):
         raise TeacherError(
             "the teacher gives a distance that is not finite; its weights are damaged or its logits overflow"
         )
-    return distances
+    return labelled
 
 
 def prior_masses(
@@ -83,7 +88,7 @@ def prior_masses(
     sums: list[Tensor] = []
     for records in epochs:
         for pairs in _batches(records):
-            log_p = (_logits(images, pairs, model, mean, std).float() / temperature).log_softmax(1)
+            log_p = _log_p(_logits(images, pairs, model, mean, std), temperature)
             sums = sums or [log_p.new_zeros(len(labels), log_p.shape[1], dtype=torch.float64) for _ in range(2)]
             _add_masses(sums, log_p.double().exp(), labels, pairs)
     total, weight = sums
@@ -119,11 +124,39 @@ def _logits(
     return logits
 
 
-def distances_of(
-    logits: Tensor, labels: NDArray[np.int64], pairs: PairRecords, temperature: float
-) -> NDArray[np.float32]:
-    """d_org and d_aug (2, B) of pairs from the logits (B, C) of their mixed images; `labels` (n,) are the images'."""
-    log_p = (logits.float() / temperature).log_softmax(1)
-    targets = np.stack([labels[pairs.index_org], labels[pairs.index_aug]], axis=1)
-    distances: NDArray[np.float32] = -log_p.gather(1, torch.from_numpy(targets).to(log_p.device)).cpu().numpy().T
-    return distances
+def label_pairs(
+    logits: Tensor,
+    labels: NDArray[np.int64],
+    pairs: PairRecords,
+    temperature: float,
+    further: int | None = None,
+) -> PairRecords:
+    """The pairs with what the teacher says of them.
+
+    Args:
+        logits: (B, C) of the mixed images.
+        labels: (n,) classes of the images.
+        pairs: B of them.
+        temperature: τ of the softmax.
+        further: how many further classes, at most C - 2; None: none. They are the likeliest but the pair's own, of
+            equals the lower.
+
+    Returns:
+        With d_org = −log p[y_i], d_aug = −log p[y_j] and the distances of the further classes, in nats.
+    """
+    distances = -_log_p(logits, temperature)
+    own = torch.from_numpy(np.stack([labels[pairs.index_org], labels[pairs.index_aug]], axis=1)).to(distances.device)
+    org, aug = distances.gather(1, own).cpu().numpy().T
+    labelled = replace(pairs, distance_org=org, distance_aug=aug)
+    if further is None:
+        return labelled
+    others, classes = distances.scatter(1, own, torch.inf).sort(dim=1, stable=True)
+    return replace(
+        labelled,
+        further_classes=classes[:, :further].cpu().numpy(),
+        further_distances=others[:, :further].cpu().numpy(),
+    )
+
+
+def _log_p(logits: Tensor, temperature: float) -> Tensor:
+    return (logits.float() / temperature).log_softmax(1)

@@ -51,7 +51,7 @@ class DBRBatch:
     prior_aug: ClassDistances | None = None
     """The same of the image that is mixed in, beside y_j."""
     further: ClassDistances | None = None
-    """More of the teacher's prediction of the pair, classes other than y_i and y_j; a loader gives none."""
+    """More of what the teacher sees in the pair, classes other than y_i and y_j; None where the dataset stores none."""
 
     def __len__(self) -> int:
         return len(self.lam)
@@ -76,6 +76,7 @@ class PlannedBatch:
     distance_aug: Tensor
     prior_org: ClassDistances | None = None
     prior_aug: ClassDistances | None = None
+    further: ClassDistances | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PlannedBatch:
         """The same on another device."""
@@ -96,6 +97,7 @@ class PlannedBatch:
             distance_aug=self.distance_aug,
             prior_org=self.prior_org,
             prior_aug=self.prior_aug,
+            further=self.further,
         )
 
 

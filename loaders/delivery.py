@@ -117,6 +117,7 @@ class Parcel:
     distance_aug: NDArray[np.float32]
     prior_org: PackedDistances | None
     prior_aug: PackedDistances | None
+    further: PackedDistances | None
     images: Tensor | Pixels
     """(U or B, 3, S, S), channels last; `Pixels`: they lie in the slot reserved for this batch."""
 
@@ -135,6 +136,7 @@ class Parcel:
             "distance_aug": torch.from_numpy(self.distance_aug),
             "prior_org": _unpacked(self.prior_org),
             "prior_aug": _unpacked(self.prior_aug),
+            "further": _unpacked(self.further),
         }
         if self.finished:
             return DBRBatch(images=images, lam=torch.from_numpy(self.plan.lam), **known)

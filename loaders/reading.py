@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -111,6 +111,7 @@ class BatchReader(Dataset[Reading]):
             distance_aug=np.concatenate([part.distance_aug for part in records]),
             prior_org=self._priors((shard, part.index_org) for shard, part in parts),
             prior_aug=self._priors((shard, part.index_aug) for shard, part in parts),
+            further=_further(records),
             images=self._images(plan, slot),
         )
 
@@ -171,3 +172,10 @@ class BatchReader(Dataset[Reading]):
             return decode_image(reader.image_bytes(image), self._dataset.manifest.images.size)
         except FormatError as error:
             raise error.located(path=reader.path, member=reader.header.members[image].name) from error
+
+
+def _further(records: Sequence[PairRecords]) -> PackedDistances | None:
+    """The further classes of all pairs; None where the dataset stores none."""
+    classes = [part.further_classes for part in records if part.further_classes is not None]
+    distances = [part.further_distances for part in records if part.further_distances is not None]
+    return (np.concatenate(classes), np.concatenate(distances)) if classes else None

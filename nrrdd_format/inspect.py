@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,7 @@ def _summary(m: Manifest) -> dict[str, Any]:
         "mix": m.records.mix,
         "temperature": m.records.temperature,
         "priors": m.records.priors,
+        "further": m.records.further,
         "codebooks": {
             "views": None if m.codebooks.views is None else len(m.codebooks.views),
             "mixes": None if m.codebooks.mixes is None else len(m.codebooks.mixes),
@@ -193,13 +194,28 @@ def _record(folder: Path, m: Manifest, shard: int, epoch: int, pair: int) -> dic
     names = m.dataset.class_names
     labels = reader.labels[[one.index_org[0], one.index_aug[0]]]
     position = {"shard": m.shards[shard].name, "epoch": epoch, "pair": pair}
-    return {**position, "class_org": names[labels[0]], "class_aug": names[labels[1]], **_plain(one)}
+    return {**position, "class_org": names[labels[0]], "class_aug": names[labels[1]], **_plain(one)} | _further(
+        one, names
+    )
+
+
+def _further(one: PairRecords, names: Sequence[str]) -> dict[str, Any]:
+    """The further classes by name, where there are any."""
+    if one.further_classes is None:
+        return {}
+    return {"further_classes": [names[label] for label in one.further_classes[0].tolist()]}
 
 
 def _plain(one: PairRecords) -> dict[str, Any]:
     """A single record as Python values; distances in nats, shortened to what float32 distinguishes."""
-    values = {f.name: getattr(one, f.name)[0] for f in fields(one)}
-    return {name: _short_float(v) if isinstance(v, np.floating) else v.tolist() for name, v in values.items()}
+    return {name: _plain_value(column[0]) for name, column in one.columns().items()}
+
+
+def _plain_value(value: Any) -> Any:
+    """Of a number, or of a row of them."""
+    if isinstance(value, np.ndarray) and value.dtype == np.float32:
+        return [_short_float(each) for each in value]
+    return _short_float(value) if isinstance(value, np.floating) else value.tolist()
 
 
 def _short_float(value: np.floating) -> float:

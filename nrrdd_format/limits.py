@@ -22,4 +22,5 @@ MAX_MEMBER_BYTES = 8**11 - 1  # the largest size a USTAR header can state
 MAX_EPOCHS = 65536
 MAX_INDEX = 10**9  # an image's number in the whole dataset
 MAX_PRIORS = 2**18  # classes in the priors of a shard's images, all together
+MAX_FURTHER = 16  # further classes of a pair
 MAX_BLOCK_CONTENT = 16 * 2**20  # a record block, decompressed

@@ -20,6 +20,7 @@ from nrrdd_format.limits import (
     MAX_CLASSES,
     MAX_DRAWN_IMAGES,
     MAX_EPOCHS,
+    MAX_FURTHER,
     MAX_IMAGE_SIDE,
     MAX_IMAGES,
     MAX_INDEX,
@@ -34,7 +35,7 @@ from nrrdd_format.limits import (
 )
 from nrrdd_format.pairs import Coding, RecordLayout
 from nrrdd_format.shards import ShardEntry, shard_number
-from nrrdd_format.versions import Version, check_version, needed_version
+from nrrdd_format.versions import Version, check_version, needed_version, version_text
 
 MANIFEST_NAME = "dataset.json"
 FORMAT = "nrrdd"
@@ -82,6 +83,7 @@ class RecordsInfo:
     mix: MixKind = "cutmix"
     temperature: float = 1.0  # of the softmax behind the distances
     priors: int | None = None  # classes in each image's prior; None: there are none
+    further: int | None = None  # further classes of each pair; None: there are none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,12 +128,13 @@ class Manifest:
             mixes=self.codebooks.mix_table(self.images.size),
             levels=self.codebooks.distances,
             priors=self.records.priors,
+            further=self.records.further,
         )
 
     @property
     def version(self) -> Version:
         """The format version that a reader has to know to read this dataset."""
-        return needed_version(priors=self.records.priors)
+        return needed_version(priors=self.records.priors, further=self.records.further)
 
     @property
     def dataset_id(self) -> str:
@@ -175,7 +178,7 @@ class Manifest:
         problems: list[str] = []
         manifest = _read(Fields(content, "", problems))
         if not problems:
-            problems = _cross_checks(manifest)
+            problems = _version_problems(content["version"], manifest) + _cross_checks(manifest)
         if problems:
             raise FormatError(_summary(problems))
         return manifest
@@ -208,7 +211,7 @@ def manifest_path(dataset: str | os.PathLike[str]) -> Path:
 
 def _without_absent(records: dict[str, Any]) -> dict[str, Any]:
     """Leaves out what versions after 1.0 brought where a dataset has none of it, so that it is written as before."""
-    return {key: value for key, value in records.items() if key != "priors" or value is not None}
+    return {key: value for key, value in records.items() if key not in ("priors", "further") or value is not None}
 
 
 def _line(value: object) -> str:
@@ -275,6 +278,7 @@ def _records(f: Fields) -> RecordsInfo:
         mix=cast(MixKind, f.choice("mix", ("cutmix", "mixup", "both"))),
         temperature=f.number("temperature", 1e-3, 1e3),
         priors=f.optional("priors", lambda key: f.integer(key, 1, MAX_CLASSES - 1)),
+        further=f.optional("further", lambda key: f.integer(key, 1, MAX_FURTHER)),
     )
 
 
@@ -331,7 +335,8 @@ def _shard(f: Fields) -> ShardEntry:
 
 def _cross_checks(manifest: Manifest) -> list[str]:
     """Rules that join several values; run only when each value is well-formed by itself."""
-    problems = _shard_problems(manifest) + _codebook_problems(manifest) + _prior_problems(manifest)
+    problems = _shard_problems(manifest) + _codebook_problems(manifest)
+    problems += _prior_problems(manifest) + _further_problems(manifest)
     total = sum(s.images for s in manifest.shards)
     if manifest.images.count != total:
         problems.append(f"images.count is {manifest.images.count}, the shards hold {total}")
@@ -367,6 +372,22 @@ def _prior_problems(manifest: Manifest) -> list[str]:
         for i, shard in enumerate(manifest.shards)
         if shard.images * count > MAX_PRIORS
     ]
+
+
+def _further_problems(manifest: Manifest) -> list[str]:
+    """The further classes of a pair are others than its two."""
+    count, classes = manifest.records.further, len(manifest.dataset.class_names)
+    if count is None or count <= classes - 2:
+        return []
+    return [f"records.further is {count}, expected at most {classes - 2} of {classes} classes: not a pair's own two"]
+
+
+def _version_problems(stated: list[int], manifest: Manifest) -> list[str]:
+    """A reader of an older major version would take the dataset for one that it can read."""
+    if stated[0] >= manifest.version[0]:
+        return []
+    needed = version_text(manifest.version)
+    return [f"version is {stated[0]}.{stated[1]}, expected {needed} or higher with records.further"]
 
 
 def _shard_problems(manifest: Manifest) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from nrrdd_format.errors import ConfigError
 from nrrdd_format.limits import (
     MAX_DRAWN_IMAGES,
     MAX_EPOCHS,
+    MAX_FURTHER,
     MAX_IMAGE_SIDE,
     MAX_IMAGES,
     MAX_LEVELS,
@@ -47,6 +48,7 @@ class RecordLayout:
     mixes: MixTable | None  # M entries; None with verbatim coding
     levels: NDArray[np.float32]  # (L,) distances in nats
     priors: int | None = None  # k, classes in each image's prior; None: there are none
+    further: int | None = None  # x, further classes of each pair; None: there are none
 
     def __post_init__(self) -> None:
         most = MAX_IMAGES if self.coding == "verbatim" else MAX_DRAWN_IMAGES
@@ -59,6 +61,7 @@ class RecordLayout:
         _require(1 <= self.block_epochs <= MAX_EPOCHS, f"block_epochs {self.block_epochs}: expected 1..{MAX_EPOCHS}")
         _require(1 <= len(self.levels) <= MAX_LEVELS, f"{len(self.levels)} levels: expected 1..{MAX_LEVELS}")
         self._check_priors()
+        self._check_further()
         if self.coding == "verbatim":
             self._check_verbatim()
         else:
@@ -75,6 +78,13 @@ class RecordLayout:
             self.images * self.priors <= MAX_PRIORS,
             f"{self.images} images in a shard with priors of {self.priors} classes: expected at most {MAX_PRIORS} in "
             "all; store fewer classes or put fewer images in a shard",
+        )
+
+    def _check_further(self) -> None:
+        most = min(MAX_FURTHER, self.classes - 2)
+        _require(
+            self.further is None or 1 <= self.further <= most,
+            f"{self.further} further classes of a pair: expected 1..{most}, beside its own two of {self.classes}",
         )
 
     def _check_verbatim(self) -> None:
@@ -121,18 +131,26 @@ class PairRecords:
     lam: NDArray[np.float32]  # share of org
     distance_org: NDArray[np.float32]  # nats; NaN before relabeling
     distance_aug: NDArray[np.float32]
+    further_classes: NDArray[np.int64] | None = None  # (P, x) others than the pair's, the likeliest first; None: x = 0
+    further_distances: NDArray[np.float32] | None = None  # (P, x) nats, not falling
 
     def __len__(self) -> int:
         return len(self.index_org)
 
     def take(self, pairs: NDArray[np.int64] | slice) -> PairRecords:
         """The chosen pairs, in the order given."""
-        return PairRecords(**{f.name: getattr(self, f.name)[pairs] for f in fields(self)})
+        return PairRecords(**{name: column[pairs] for name, column in self.columns().items()})
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The columns that there are, by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: column for name, column in values.items() if column is not None}
 
     @classmethod
     def concatenate(cls, parts: Sequence[PairRecords]) -> PairRecords:
         """The pairs of all parts, one part after the other."""
-        return cls(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+        columns = [part.columns() for part in parts]
+        return cls(**{name: np.concatenate([each[name] for each in columns]) for name in columns[0]})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

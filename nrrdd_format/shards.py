@@ -19,6 +19,7 @@ from nrrdd_format import tar
 from nrrdd_format.errors import ConfigError, FormatError
 from nrrdd_format.files import atomic_write
 from nrrdd_format.frames import PREFIX, payload_length
+from nrrdd_format.further import check_labels
 from nrrdd_format.limits import MAX_EPOCHS, MAX_IMAGE_BYTES, MAX_SHARDS
 from nrrdd_format.pairs import PairRecords, RecordLayout
 from nrrdd_format.pread import PositionedFile
@@ -113,7 +114,7 @@ def write_shard(
     records = [head.pack(), *blocks]
     members = [_member(image_name(i.index, i.label, extension), [i.data]) for i in images]
     members.append(_member(RECORDS_NAME, records))
-    version = needed_version(priors=layout.priors)
+    version = needed_version(priors=layout.priors, further=layout.further)
     header = ShardHeader(shard=shard, epochs=epochs, members=tuple(members)).pack(version)
     with atomic_write(Path(path)) as file:
         _write_member(file, HEADER_NAME, [header])
@@ -265,7 +266,11 @@ class ShardReader:
             block = open_block(data, self.layout, shard=self.shard, number=number, epochs=self.epochs)
             for epoch in epochs:
                 where = f"block {number}, epoch {epoch}"
-                yield block.epoch(epoch)
+                records = block.epoch(epoch)
+                if records.further_classes is not None:
+                    labels = (self.labels[index] for index in (records.index_org, records.index_aug))
+                    check_labels(records.further_classes, *labels)
+                yield records
         except FormatError as error:
             reason = f"{where}: {error.reason}"
             raise FormatError(reason, path=self.path, member=RECORDS_NAME, offset=offset) from None

@@ -6,11 +6,13 @@ from nrrdd_format.errors import FormatError, shown
 
 Version = tuple[int, int]
 """Major, minor."""
-KNOWN_MAJOR = 1
+KNOWN_MAJORS = (1, 2)
 
 
-def needed_version(*, priors: int | None) -> Version:
+def needed_version(*, priors: int | None, further: int | None) -> Version:
     """The lowest version that has all of a dataset's parts, so that every reader that can read it does."""
+    if further is not None:
+        return (2, 0)
     return (1, 0) if priors is None else (1, 1)
 
 
@@ -20,9 +22,10 @@ def version_text(version: Version) -> str:
 
 
 def check_version(version: object) -> None:
-    """Refuses a major version that this reader does not know. Raises FormatError naming both."""
+    """Refuses a major version that this reader does not know. Raises FormatError naming all."""
     if not isinstance(version, list) or len(version) != 2 or not all(type(v) is int and v >= 0 for v in version):
         raise FormatError(f"version is {shown(version)}, expected [major, minor]")
-    if version[0] != KNOWN_MAJOR:
+    if version[0] not in KNOWN_MAJORS:
+        known = " and ".join(f"{major}.x" for major in KNOWN_MAJORS)
         found = f"{version[0]}.{version[1]}"
-        raise FormatError(f"version is {found}, this reader knows {KNOWN_MAJOR}.x: use a newer nrrdd to read it")
+        raise FormatError(f"version is {found}, this reader knows {known}: use a newer nrrdd to read it")

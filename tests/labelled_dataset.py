@@ -44,7 +44,7 @@ def _label(shard: ShardReader, manifest: Manifest, teacher: Teacher, change: Cha
 
 def _labelled(shard: ShardReader, data: list[bytes], manifest: Manifest, teacher: Teacher, epoch: int) -> PairRecords:
     info, pairs = manifest.images, draw_pairs(shard.layout, shard.shard, epoch)
-    org, aug = relabel_epoch(
+    return relabel_epoch(
         stack_images([decode_image(one, info.size) for one in data]),
         shard.labels,
         pairs,
@@ -52,5 +52,5 @@ def _labelled(shard: ShardReader, data: list[bytes], manifest: Manifest, teacher
         temperature=manifest.records.temperature,
         mean=info.mean,
         std=info.std,
+        further=shard.layout.further,
     )
-    return replace(pairs, distance_org=org, distance_aug=aug)

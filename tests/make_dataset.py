@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tiny_dataset import with_further
 from torch import Tensor
 
 from loaders import ClassDistances, DBRBatch
@@ -47,6 +48,7 @@ def make_tiny_dataset(
     flip: bool = True,
     seed: int = 0,
     priors: int | None = None,
+    further: int | None = None,
 ) -> Path:
     """Writes a dataset of classes * ipc images into the new folder `path` and returns it.
 
@@ -75,6 +77,7 @@ def make_tiny_dataset(
             mix=mix,
             temperature=1.0,
             priors=priors,
+            further=further,
         ),
         codebooks=Codebooks(
             views=view_codebook(seed, size, (0.3, 1.0), count=32),
@@ -118,7 +121,7 @@ def _write(path: Path, manifest: Manifest, shard: int, indices: list[int]) -> Sh
     labels = np.array(indices) % classes
     masses = draws.uniform(seed, "tiny-priors", shard, count=len(indices) * classes).reshape(-1, classes)
     priors = manifest.records.priors
-    blocks = encode_shard_records((_labelled(layout, seed, shard, epoch) for epoch in range(epochs)), layout, shard)
+    pairs = (with_further(_labelled(layout, seed, shard, epoch), layout, labels, epoch) for epoch in range(epochs))
     return write_shard(
         path / shard_name(shard),
         shard=shard,
@@ -126,7 +129,7 @@ def _write(path: Path, manifest: Manifest, shard: int, indices: list[int]) -> Sh
             EncodedImage(index=k, label=k % classes, data=_picture(seed, k, info.size, info.codec)) for k in indices
         ],
         extension=CODEC_EXTENSIONS[info.codec],
-        blocks=blocks,
+        blocks=encode_shard_records(pairs, layout, shard),
         epochs=epochs,
         layout=layout,
         priors=None if priors is None else choose_priors(masses, labels, priors, layout.levels),

@@ -17,7 +17,7 @@ import pytest
 import zstandard
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
-FOLDERS = sorted(path.parent for path in GOLDEN.glob("v1.*/dataset.json"))
+FOLDERS = sorted(path.parent for path in GOLDEN.glob("v*/dataset.json"))
 
 
 def read_frame(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -144,9 +144,11 @@ def decode_block(
     """The epochs of one block, `first` the number of its first."""
     content = zstandard.ZstdDecompressor().decompress(block)
     books, coding = manifest["codebooks"]["distances"], manifest["records"]["coding"]
-    joint = len(books) <= 16
-    levels = content[len(content) - count * pairs * (1 if joint else 2) :]
-    packed = content[: len(content) - len(levels)]
+    joint, further = len(books) <= 16, manifest["records"].get("further") or 0
+    planes = -(-bits_for(len(manifest["dataset"]["class_names"])) // 8) + 1
+    end = len(content) - further * planes * count * pairs
+    levels, others = content[end - count * pairs * (1 if joint else 2) : end], content[end:]
+    packed = content[: end - len(levels)]
     groups = -(-pairs // manifest["records"]["mix_group"])
     epochs = []
     for k in range(count):
@@ -161,6 +163,13 @@ def decode_block(
         both = [divmod(b, len(books)) for b in here] if joint else list(zip(here[::2], here[1::2], strict=True))
         columns["distance_org"] = [books[org] for org, _ in both]
         columns["distance_aug"] = [books[aug] for _, aug in both]
+        if further:
+            place = [[(t * count + k) * pairs + p for t in range(further)] for p in range(pairs)]
+            plane = further * count * pairs
+            columns["further_classes"] = [
+                [sum(others[b * plane + at] << 8 * b for b in range(planes - 1)) for at in row] for row in place
+            ]
+            columns["further_distances"] = [[books[others[(planes - 1) * plane + at]] for at in row] for row in place]
         epochs.append(columns)
     return epochs
 
@@ -169,7 +178,8 @@ def decode_shard(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
     with tarfile.open(path) as archive:
         members = [(m.name, archive.extractfile(m).read()) for m in archive]  # type: ignore[union-attr]
     header, rest = read_frame(members[0][1])
-    assert (members[0][0], header["format"], header["version"][0], rest) == ("__nrrdd__/header", "nrrdd-shard", 1, b"")
+    assert (members[0][0], header["format"], rest) == ("__nrrdd__/header", "nrrdd-shard", b"")
+    assert header["version"][0] == (2 if manifest["records"].get("further") else 1)
     assert [[name, len(data), zlib.crc32(data)] for name, data in members[1:]] == header["members"]
     names = [name for name, _ in members[1:-1]]
     head, blocks = read_frame(members[-1][1])

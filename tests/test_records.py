@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -73,10 +73,11 @@ def decode(block: bytes, layout: RecordLayout) -> PairRecords:
 
 
 def assert_same(a: PairRecords, b: PairRecords) -> None:
-    for field in fields(PairRecords):
-        left, right = getattr(a, field.name), getattr(b, field.name)
-        assert left.dtype == right.dtype, field.name
-        np.testing.assert_array_equal(left, right, err_msg=field.name)
+    assert a.columns().keys() == b.columns().keys()
+    for name, left in a.columns().items():
+        right = b.columns()[name]
+        assert left.dtype == right.dtype, name
+        np.testing.assert_array_equal(left, right, err_msg=name)
 
 
 # ---- bit packing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def all_pairs(folder: Path, epoch: int) -> Iterator[tuple[Any, ...]]:
     with open_dataset(folder) as dataset:
         for shard in dataset.shards:
             records = shard.records(epoch)
-            columns = {f.name: getattr(records, f.name) for f in fields(PairRecords)}
+            columns = records.columns()
             columns["index_org"], columns["index_aug"] = (
                 shard.indices[records.index_org],
                 shard.indices[records.index_aug],

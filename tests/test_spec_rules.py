@@ -285,8 +285,9 @@ BROKEN: dict[str, Sequence[Broken]] = {
         Broken("count", manifest("images", "count", value=11), r"images\.count is 11, the shards hold 12"),
         Broken("fewer pairs", manifest("shards", 0, "pairs_per_epoch", value=5), "pairs_per_epoch is 5, expected 6"),
         Broken("more pairs", manifest("shards", 0, "pairs_per_epoch", value=7), "pairs_per_epoch is 7", "verbatim"),
-        Broken("priors", manifest("records", "priors", value=3), r"records\.priors is 3, expected less than 3"),
-        Broken("wnids", manifest("dataset", "wnids", value=["n1"]), "wnids has 1 entries, expected 3"),
+        Broken("priors", manifest("records", "priors", value=5), r"records\.priors is 5, expected less than 5"),
+        Broken("further", manifest("records", "further", value=4), r"further is 4, expected at most 3", "derived"),
+        Broken("wnids", manifest("dataset", "wnids", value=["n1"]), "wnids has 1 entries, expected 5"),
     ],
     "R12": [
         Broken("padding", raw(lambda d: d[:1023] + b"x" + d[1024:]), "padding", seen=False),
@@ -342,7 +343,7 @@ BROKEN: dict[str, Sequence[Broken]] = {
         Broken("a four-digit label", image("0000000_c0000.png"), "member name"),
         Broken("no image", image("0000000_c00000.gif"), "member name"),
         Broken("two extensions", image("0000000_c00000.jpg"), "extensions"),
-        Broken("unknown label", image(f"0000000_c{len(CLASSES):05d}.png"), "class 3, expected less than 3"),
+        Broken("unknown label", image(f"0000000_c{len(CLASSES):05d}.png"), "class 5, expected less than 5"),
         Broken("twice in a shard", image("0000001_c00000.png"), "image 1 appears 2 times"),
         Broken("twice in the dataset", image(f"{IMAGES:07d}_c00000.png"), "already, expected once", seen=False),
     ],
@@ -387,12 +388,12 @@ BROKEN: dict[str, Sequence[Broken]] = {
         Broken("view", bits(11, 3, 6), "view 0 is 6, expected less than 6"),
         Broken("mix", bits(35, 3, 7), "mix 0 is 7, expected less than 5"),
         Broken("levels together", content(lambda c: c[:-1] + b"\x19"), "25, expected less than 25"),
-        Broken("levels apart", content(lambda c: c[:-1] + b"\x14"), "20, expected less than 20", "derived"),
+        Broken("levels apart", content(lambda c: c[:23] + b"\x14" + c[24:]), "20, expected less than 20", "derived"),
     ],
     "R25": [
-        Broken("manifest", manifest("version", value=[2, 0]), r"version is 2\.0, this reader knows 1\.x"),
-        Broken("an older one", manifest("version", value=[0, 9]), r"version is 0\.9, this reader knows 1\.x"),
-        Broken("shard", sealed(header=field("version", [2, 0])), r"version is 2\.0, this reader knows 1\.x"),
+        Broken("manifest", manifest("version", value=[3, 0]), r"version is 3\.0, this reader knows 1\.x and 2\.x"),
+        Broken("an older one", manifest("version", value=[0, 9]), r"version is 0\.9, this reader knows 1\.x and 2\.x"),
+        Broken("shard", sealed(header=field("version", [3, 0])), r"version is 3\.0, this reader knows 1\.x and 2\.x"),
     ],
     "R26": [
         Broken("image", bits(0, 3, 7), "image 0 is 7, expected less than 6", "verbatim"),
@@ -409,10 +410,38 @@ BROKEN["R27"] = [
     Broken("a gap less", sealed(head=field("prior_gaps", [0] * 5)), "prior_gaps: 5 entries"),
     Broken("a level more", sealed(head=field("prior_levels", [0] * 7)), "prior_levels: 7 entries"),
     Broken("no gaps", sealed(head=lambda c: c.pop("prior_gaps")), "prior_gaps: None"),
-    Broken("unknown class", sealed(head=field("prior_gaps", [3, 0, 0, 0, 0, 0])), r"prior_gaps\[0\] is 3"),
-    Broken("classes add up", sealed(head=field("prior_gaps", [2, 0] * 6)), "class 3, expected less than 3", "derived"),
+    Broken("unknown class", sealed(head=field("prior_gaps", [5, 0, 0, 0, 0, 0])), r"prior_gaps\[0\] is 5"),
+    Broken("classes add up", sealed(head=field("prior_gaps", [4, 0] * 6)), "class 5, expected less than 5", "derived"),
     Broken("its own class", sealed(head=field("prior_gaps", [0] * 6)), "prior of image 0: names its own class 0"),
     Broken("level", sealed(head=field("prior_levels", [0, 0, 5, 0, 0, 0])), r"prior_levels\[2\] is 5"),
+]
+
+
+def further(pair: int, classes: Sequence[int], levels: Sequence[int]) -> Break:
+    """The two further classes of a pair of block 0 of a verbatim dataset, whose last 40 bytes are the columns."""
+
+    def change(old: bytes) -> bytes:
+        columns = np.frombuffer(old[-40:], np.uint8).reshape(2, 2, 10).copy()
+        columns[:, :, pair] = [classes, levels]
+        return old[:-40] + columns.tobytes()
+
+    return content(change)
+
+
+def further_of_its_own(base: Base) -> Files:
+    """Pair 0 has the class of its `org` among its further classes."""
+    org = base.parts[NAME].contents[0][0] & 7
+    own = int(base.parts[NAME].images[org][0][9:14])
+    return further(0, [own, (own + 1) % len(CLASSES)], [0, 0])(base)
+
+
+BROKEN["R28"] = [
+    Broken("unknown class", further(2, [0, 5], [0, 0]), r"pair 2: classes \[0, 5\], .* less than 5", "verbatim"),
+    Broken("a class twice", further(2, [3, 3], [0, 0]), "pair 2: .* expected different classes", "verbatim"),
+    Broken("its own class", further_of_its_own, "further classes of pair 0: name its own", "verbatim"),
+    Broken("level", further(2, [0, 1], [0, 12]), "pair 2: .* expected levels less than 12", "verbatim"),
+    Broken("levels fall", further(2, [0, 1], [4, 3]), "pair 2: .* expected levels that do not fall", "verbatim"),
+    Broken("version", manifest("version", value=[1, 1]), r"version is 1\.1, expected 2\.0 or higher", "verbatim"),
 ]
 
 # By the first column of the table in section 2, whose rule is R4.
@@ -480,6 +509,10 @@ BEYOND_LIMITS: dict[str, Sequence[Broken]] = {
     ],
     "classes in the priors of one shard's images, all together": [
         Broken("2^14 images of 2^17 - 1 each", many_priors, "expected at most 2 with records.priors 131071")
+    ],
+    "further classes of a pair": [
+        Broken("17", manifest("records", "further", value=17), r"records\.further is 17", "verbatim"),
+        Broken("0", manifest("records", "further", value=0), r"records\.further is 0", "verbatim"),
     ],
     "content of one record block": [Broken("more than 16 MiB", long_blocks, "expected at most 16777216")],
     "one record block": [Broken("536 too many", block(lambda b: b + bytes(24 + 512)), "block size is")],

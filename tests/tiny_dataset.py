@@ -30,16 +30,19 @@ def tiny_manifest(
     flip: bool = True,
     mix: MixKind = "both",
     priors: int | None = None,
+    further: int | None = None,
+    classes: int = len(CLASSES),
 ) -> Manifest:
     """A manifest that lists no shards yet."""
     drawn = coding != "verbatim"
+    class_names = CLASSES + tuple(f"class {k}" for k in range(len(CLASSES), classes))  # images are of the first three
     codebooks = Codebooks(
         views=view_codebook(5, SIZE, (0.3, 1.0), count=6) if drawn else None,
         mixes=tuple(mix_codebook(5, SIZE, mix, count=5)) if drawn else None,
         distances=distance_levels(16),
     )
     return Manifest(
-        dataset=DatasetInfo(name="tiny", class_names=CLASSES, source_license="CC0-1.0"),
+        dataset=DatasetInfo(name="tiny", class_names=class_names, source_license="CC0-1.0"),
         images=ImagesInfo(
             count=0,
             ipc=1,
@@ -59,6 +62,7 @@ def tiny_manifest(
             seed=11,
             mix=mix,
             priors=priors,
+            further=further,
         ),
         codebooks=codebooks,
         teacher=TeacherInfo(architecture="conv3", sha256="0" * 64, top1=0.75),
@@ -76,7 +80,7 @@ def tiny_priors(layout: RecordLayout, shard: int) -> Priors | None:
     if layout.priors is None:
         return None
     labels = (shard * layout.images + np.arange(layout.images)) % len(CLASSES)
-    masses = draws.uniform(7, "priors", shard, count=layout.images * len(CLASSES)).reshape(-1, len(CLASSES))
+    masses = draws.uniform(7, "priors", shard, count=layout.images * layout.classes).reshape(-1, layout.classes)
     return choose_priors(masses, labels, layout.priors, layout.levels)
 
 
@@ -84,7 +88,24 @@ def tiny_records(layout: RecordLayout, shard: int, epoch: int) -> PairRecords:
     """The pairs of an epoch with distances that differ between pairs and epochs."""
     pairs = free_pairs(layout, epoch) if layout.coding == "verbatim" else draw_pairs(layout, shard, epoch)
     org, aug = (layout.levels[tiny_levels(layout, epoch, step)] for step in (5, 7))
-    return replace(pairs, distance_org=org, distance_aug=aug)
+    labels = (shard * layout.images + np.arange(layout.images)) % len(CLASSES)
+    return with_further(replace(pairs, distance_org=org, distance_aug=aug), layout, labels, epoch)
+
+
+def with_further(records: PairRecords, layout: RecordLayout, labels: NDArray[np.int64], seed: int) -> PairRecords:
+    """The pairs with any further classes that the layout allows; `labels` (n,) are the images'."""
+    if layout.further is None:
+        return records
+    shape = (len(records), layout.further)
+    chances = draws.uniform(seed, "further", count=len(records) * layout.classes).reshape(-1, layout.classes)
+    for index in (records.index_org, records.index_aug):
+        chances[np.arange(len(records)), labels[index]] = 1
+    levels = draws.integers(seed, "further-levels", count=shape[0] * shape[1], high=len(layout.levels)).reshape(shape)
+    return replace(
+        records,
+        further_classes=np.argsort(chances, axis=1, kind="stable")[:, : layout.further],
+        further_distances=layout.levels[np.sort(levels, axis=1)],
+    )
 
 
 def free_pairs(layout: RecordLayout, seed: int) -> PairRecords:

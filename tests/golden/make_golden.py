@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +24,24 @@ from nrrdd_format.pairs import Coding
 from nrrdd_format.shards import ShardReader
 
 HERE = Path(__file__).resolve().parent
-DATASETS: dict[str, tuple[Coding, int | None]] = {
-    "v1.0-explicit": ("explicit", None),
-    "v1.0-derived": ("derived", None),
-    "v1.0-verbatim": ("verbatim", None),
-    "v1.1-explicit": ("explicit", 2),
+DATASETS: dict[str, tuple[Coding, int | None, int | None]] = {
+    "v1.0-explicit": ("explicit", None, None),
+    "v1.0-derived": ("derived", None, None),
+    "v1.0-verbatim": ("verbatim", None, None),
+    "v1.1-explicit": ("explicit", 2, None),
+    "v2.0-explicit": ("explicit", 2, 2),
 }
-"""By folder, the coding and the classes in a prior; the version is the lowest that has these."""
+"""By folder: coding, classes in a prior, further classes of a pair; the version is the lowest that has these."""
+MANY_CLASSES = 300
+"""Where pairs have further classes, whose numbers so take two bytes."""
 
 
 def write_golden(folder: Path, name: str) -> Path:
     """Writes the golden dataset of one name: three epochs in blocks of two."""
-    coding, priors = DATASETS[name]
-    return write_tiny(folder, tiny_manifest(coding=coding, epochs=3, block_epochs=2, priors=priors), shards=1)
+    coding, priors, further = DATASETS[name]
+    classes = 3 if further is None else MANY_CLASSES
+    manifest = tiny_manifest(coding=coding, epochs=3, block_epochs=2, priors=priors, further=further, classes=classes)
+    return write_tiny(folder, manifest, shards=1)
 
 
 def dataset_content(folder: Path) -> dict[str, Any]:
@@ -71,13 +75,14 @@ def _prior_content(reader: ShardReader) -> dict[str, Any]:
 
 def _epoch_content(reader: ShardReader, epoch: int) -> dict[str, Any]:
     records = reader.records(epoch)
-    columns = {f.name: getattr(records, f.name) for f in fields(records)}
-    return {name: _plain(column) for name, column in columns.items()}
+    return {name: _plain(column) for name, column in records.columns().items()}
 
 
 def _plain(column: NDArray[Any]) -> list[Any]:
     """JSON values; a float32 as the shortest decimal that reads back as itself."""
-    return [float(str(v)) for v in column] if column.dtype == np.float32 else list(column.tolist())
+    if column.dtype != np.float32:
+        return list(column.tolist())
+    return [float(str(v)) if v.ndim == 0 else _plain(v) for v in column]
 
 
 def _pixels_sha256(data: bytes) -> str:

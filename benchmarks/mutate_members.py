@@ -9,8 +9,10 @@ from dataclasses import replace
 from benchmarks.mutants import Expectation, Mutant, a_block, a_name, sealed_parts, with_block, with_content
 from benchmarks.mutate_zstd import ZSTD_FAULTS, zstd_frame
 from benchmarks.mutation_parts import (
+    BLOCK_EPOCHS,
     CLASSES,
     CYCLE,
+    EPOCHS,
     FURTHER,
     IMAGES,
     LEVELS,
@@ -126,13 +128,12 @@ def change_block_content(base: Base, draw: Draw) -> Mutant:
 def leave_range(base: Base, draw: Draw) -> Mutant:
     """A field of a block is out of its range."""
     name, block, content = a_block(base, draw)
-    labels = [int(image[9:14]) for image, _ in base.parts[name].images]
-    what, changed = draw.one(list(_out_of_range(base.coding, content, labels, draw)))
+    what, changed = draw.one(list(_out_of_range(base.coding, content, draw)))
     return with_content(base, name, block, changed, "broken", what)
 
 
-def _out_of_range(coding: str, content: bytes, labels: list[int], draw: Draw) -> Iterator[tuple[str, bytes]]:
-    """Contents that break one rule each; `labels` are the images'."""
+def _out_of_range(coding: str, content: bytes, draw: Draw) -> Iterator[tuple[str, bytes]]:
+    """Contents that break one rule each."""
     fields = {"explicit": _explicit_fields, "verbatim": _verbatim_fields, "derived": list}[coding]()
     width = (sum(width for _, width, _ in fields) + 7) // 8
     pairs = VERBATIM_PAIRS if coding == "verbatim" else IMAGES
@@ -143,8 +144,6 @@ def _out_of_range(coding: str, content: bytes, labels: list[int], draw: Draw) ->
     high = LEVELS[coding] ** 2 if LEVELS[coding] <= 16 else LEVELS[coding]
     at = draw.one(levels)
     yield "level", content[:at] + bytes([draw.between(high, 255)]) + content[at + 1 :]
-    if further:
-        yield from _further_faults(coding, content[levels.stop :], content[: levels.stop], draw)
     if coding == "derived":
         return
     starts = [sum(w for _, w, _ in fields[:i]) for i in range(len(fields))]
@@ -161,29 +160,6 @@ def _out_of_range(coding: str, content: bytes, labels: list[int], draw: Draw) ->
     )
     if coding == "verbatim":
         yield from _verbatim_faults(content, first, [name for name, _, _ in fields], starts, draw)
-        pair, bits = draw.below(pairs), (IMAGES - 1).bit_length()
-        own = labels[_get_bits(content, first + pair * bits, bits)]
-        at = levels.stop + first // 8 // width * pairs + pair
-        yield "a further class of the pair's own", content[:at] + bytes([own]) + content[at + 1 :]
-
-
-def _further_faults(coding: str, columns: bytes, before: bytes, draw: Draw) -> Iterator[tuple[str, bytes]]:
-    """Faults in the columns behind the levels: first all classes, a row for each of the x, then all levels."""
-    half, count = len(columns) // 2, FURTHER[coding] or 0
-    at, row = draw.below(half), half // count
-
-    def put(place: int, value: int) -> bytes:
-        return before + columns[:place] + bytes([value]) + columns[place + 1 :]
-
-    yield "a further class", put(at, draw.between(len(CLASSES), 255))
-    yield "a further level", put(half + at, draw.between(LEVELS[coding], 255))
-    if count > 1:
-        at %= row
-        yield "a further class twice", put(row + at, columns[at])
-        falling = [i for i in range(row) if columns[half + i] > 0]
-        if falling:
-            at = draw.one(falling)
-            yield "further levels that fall", put(half + row + at, draw.below(columns[half + at]))
 
 
 def _explicit_fields() -> list[tuple[str, int, int]]:
@@ -228,6 +204,43 @@ def _verbatim_faults(
     yield "a CutMix box outside the image", _put_bits(cut, mix + 1 + (2 + axis) * side, side, draw.between(1, SIZE - 1))
     mixup = _put_bits(content, mix, 1, 0)
     yield "a Mixup with a box", _put_bits(mixup, mix + 1, 4 * side, draw.between(1, 2 ** (4 * side) - 1))
+
+
+def lie_in_further(base: Base, draw: Draw) -> Mutant:
+    """A further class or its level breaks a rule; or there are columns where the manifest promises none."""
+    name, block, content = a_block(base, draw)
+    count = FURTHER[base.coding]
+    if count is None:
+        longer = content + bytes(2 * len(content))
+        return with_content(base, name, block, longer, "broken", "further classes that the manifest does not promise")
+    pairs = VERBATIM_PAIRS if base.coding == "verbatim" else IMAGES
+    row = pairs * (BLOCK_EPOCHS if block == 0 else EPOCHS - BLOCK_EPOCHS)
+    columns = bytearray(content[-2 * count * row :])  # all classes, a row for each of the x, then all levels
+    at, half = draw.below(count * row), count * row
+    what = draw.one(("class", "level", "own class", "twice", "falling"))
+    if what in ("own class", "twice", "falling") and base.coding != "verbatim":  # where x is 1 and no image is stored
+        what = draw.one(("class", "level"))
+    if what == "class":
+        columns[at] = draw.between(len(CLASSES), 255)
+    elif what == "level":
+        columns[half + at] = draw.between(LEVELS[base.coding], 255)
+    elif what == "own class":
+        bits = (IMAGES - 1).bit_length()
+        org = _get_bits(content, (at % pairs) * bits, bits)
+        columns[at % pairs], columns[row + at % pairs] = _with_own(int(base.parts[name].images[org][0][9:14]), draw)
+    elif what == "twice":
+        columns[at] = columns[(at + row) % half]
+    else:
+        columns[half + at % row] = draw.between(1, LEVELS[base.coding] - 1)
+        columns[half + row + at % row] = draw.below(columns[half + at % row])
+    changed = content[: -len(columns)] + bytes(columns)
+    return with_content(base, name, block, changed, "broken", f"further classes: {what}")
+
+
+def _with_own(own: int, draw: Draw) -> tuple[int, int]:
+    """Two different classes, one of them this one, in either order."""
+    other = (own + draw.between(1, len(CLASSES) - 1)) % len(CLASSES)
+    return draw.one(((own, other), (other, own)))
 
 
 def _put_bits(content: bytes, start: int, width: int, value: int) -> bytes:
@@ -279,6 +292,7 @@ KINDS = (
     rearrange_images,
     change_block_content,
     leave_range,
+    lie_in_further,
     blow_up_block,
     compress_otherwise,
     rearrange_blocks,

@@ -25,7 +25,7 @@ from benchmarks.mutations import (
     make_benches,
     make_case,
 )
-from nrrdd_format import fields, json_checks, manifest, records, shard_header, verify
+from nrrdd_format import fields, further, json_checks, manifest, records, shard_header, shards, verify
 from nrrdd_format.errors import FormatError
 from nrrdd_format.manifest import MANIFEST_NAME
 from nrrdd_format.pairs import PairRecords
@@ -120,6 +120,11 @@ def no_problems(*_: object) -> Iterator[Any]:
     return iter(())
 
 
+def no_list(*_: object) -> list[str]:
+    """In place of a check: it finds nothing."""
+    return []
+
+
 def anything(value: Any, *_: object) -> Any:
     """In place of a check: the value as it is."""
     return value
@@ -163,7 +168,10 @@ BROKEN: list[tuple[object, str, Callable[..., Any], str, str]] = [
     (shard_header, "bounded", anything, "lie in records head", "expected refused"),
     (json_checks, "_unique", dict, "repeat key", "expected refused"),
     (json_checks, "_no_constant", float, "not finite numbers", "expected refused"),
-    (fields, "_check_below", nothing, "leave range", "expected refused"),
+    (fields, "_check_below", nothing, "leave range", "IndexError instead of a FormatError"),
+    (further, "_check", nothing, "lie in further", "expected refused"),
+    (shards, "check_labels", nothing, "lie in further", "expected refused"),
+    (manifest, "_version_problems", no_list, "past major version", "expected refused"),
     (records, "_check_levels", nothing, "leave range", "IndexError instead of a FormatError"),
     (verify, "_repetition_errors", no_problems, "rename image", "expected refused or verify"),
     (verify, "check_image", nothing, "break image", "expected refused or verify"),

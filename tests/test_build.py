@@ -64,6 +64,7 @@ def _config(source: Path, out: Path, **changes: object) -> BuildConfig:
         cycle=2,
         mix_group=2,
         priors=2,
+        further=1,
         threads=1,
         device="cpu",
     )
@@ -74,8 +75,8 @@ def _options(source: Path, out: Path) -> list[str]:
     """The command line of `_config`."""
     return (
         f"--dataset imagefolder --data-dir {source}/train --out {out} --ipc 2 --size {SIZE} --iterations 3 "
-        f"--batch-size 3 --epochs 4 --shard-images 3 --cycle 2 --mix-group 2 --priors 2 --threads 1 --device cpu "
-        f"--teacher-checkpoint {source}/teacher.pt --min-teacher-top1 0"
+        f"--batch-size 3 --epochs 4 --shard-images 3 --cycle 2 --mix-group 2 --priors 2 --further 1 --threads 1 "
+        f"--device cpu --teacher-checkpoint {source}/teacher.pt --min-teacher-top1 0"
     ).split()
 
 
@@ -139,6 +140,12 @@ def test_stored_distances_are_the_teachers_on_what_a_student_will_see(source: Pa
                     exact = -log_p[row, shard.labels[index]]
                     nearest = levels[np.abs(levels[:, None] - exact).argmin(0)]
                     np.testing.assert_allclose(stored, nearest, rtol=1e-6)
+                assert records.further_classes is not None and records.further_distances is not None
+                for index in (records.index_org, records.index_aug):
+                    log_p[row, shard.labels[index]] = -np.inf
+                assert records.further_classes[:, 0].tolist() == log_p.argmax(1).tolist()
+                nearest = levels[np.abs(levels[:, None] + log_p.max(1)).argmin(0)]
+                np.testing.assert_allclose(records.further_distances[:, 0], nearest, rtol=1e-6)
 
 
 def test_the_log_says_what_was_resolved(reference: Path) -> None:

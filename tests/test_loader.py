@@ -34,7 +34,7 @@ EPOCHS = 3
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_dataset(tmp_path_factory.mktemp("loader") / "tiny", epochs=EPOCHS, priors=2)
+    return make_tiny_dataset(tmp_path_factory.mktemp("loader") / "tiny", epochs=EPOCHS, priors=2, further=1)
 
 
 def key(batch: DBRBatch) -> tuple[bytes, ...]:
@@ -80,7 +80,14 @@ def single_pair(path: Path, shard: int, records: PairRecords) -> DBRBatch:
             distance_aug=torch.from_numpy(records.distance_aug),
             prior_org=single_prior(reader, records.index_org),
             prior_aug=single_prior(reader, records.index_aug),
+            further=single_further(records),
         )
+
+
+def single_further(records: PairRecords) -> ClassDistances:
+    assert records.further_classes is not None and records.further_distances is not None
+    classes, distances = records.further_classes, records.further_distances
+    return ClassDistances(classes=torch.from_numpy(classes), distances=torch.from_numpy(distances))
 
 
 def single_prior(reader: ShardReader, image: NDArray[np.int64]) -> ClassDistances:
@@ -111,11 +118,14 @@ def test_the_types_and_shapes_of_a_batch(dataset: Path) -> None:
         assert prior is not None
         assert prior.classes.shape == prior.distances.shape == (5, 2)
         assert (prior.classes.dtype, prior.distances.dtype) == (torch.int64, torch.float32)
+    assert batch.further is not None
+    assert batch.further.classes.shape == batch.further.distances.shape == (5, 1)
+    assert (batch.further.classes.dtype, batch.further.distances.dtype) == (torch.int64, torch.float32)
 
 
-def test_a_dataset_without_priors_gives_batches_without(tmp_path: Path) -> None:
+def test_a_dataset_without_priors_and_further_classes_gives_batches_without(tmp_path: Path) -> None:
     batch = next(iter(DBRLoader(make_tiny_dataset(tmp_path / "plain"), 5)))
-    assert batch.prior_org is None and batch.prior_aug is None
+    assert batch.prior_org is None and batch.prior_aug is None and batch.further is None
 
 
 def test_moving_a_batch_keeps_every_field(dataset: Path) -> None:

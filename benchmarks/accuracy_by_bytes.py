@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from statistics import mean, stdev
 from matplotlib.figure import Figure
 
 from benchmarks.command import add_device, pick_device, run
-from benchmarks.completion import TopClasses, WithFurther, with_priors
+from benchmarks.completion import TopClasses, complete
 from benchmarks.footprint import epoch_pairs, fkd_bytes_per_pair, in_full_batches
 from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
 from benchmarks.spread import difference, spread
@@ -133,7 +133,7 @@ def measure(options: argparse.Namespace) -> int:
     about = (
         f"Students trained for {options.epochs} epochs; teacher {first.teacher.architecture}, top-1 "
         f"{first.teacher.top1 or 0:.2%}. Bytes a pair are measured: records as stored (views, mixes and distances), "
-        "the priors in them, the coded columns of further classes, FKD-style stores for soft labels and the top 5.\n\n"
+        "with priors and further classes in them, FKD-style stores for soft labels and the top 5.\n\n"
     )
     write_text(
         options.results / f"{stem}.md", f"{title}{provenance_text(facts)}\n{about}{text}\n\n![top-1]({stem}.png)\n"
@@ -147,57 +147,55 @@ def _measure_dataset(options: argparse.Namespace, path: Path, source: Source) ->
     device = pick_device(options.device)
     manifest = open_dataset(path).manifest
     teacher = load_dataset_teacher(manifest, options.teacher_checkpoint, device)
-    completed = options.out / f"{path.name}-priors{options.priors}"
-    if not completed.exists():
-        with_priors(path, teacher, options.priors, completed, device=device)
     rows = []
     for kind in kinds(options.further):
         done = options.out / f"{path.name}-{kind.name.replace(', ', '-').replace(' ', '-')}-{options.epochs}.json"
         if not done.exists():
-            found = _train(options, kind, completed if kind.priors else path, source, teacher, manifest.records.seed)
-            write_json(done, asdict(found))
+            completed = _completed(options, kind, path, teacher, device)
+            write_json(done, asdict(_train(options, kind, completed, path.name, source, teacher)))
         rows.append(Measured(**json.loads(done.read_text())))
         print(f"{rows[-1].kind}: seed {rows[-1].seed}, top-1 {rows[-1].top1:.2f} %", flush=True)
     return rows
 
 
+def _completed(options: argparse.Namespace, kind: Kind, path: Path, teacher: Teacher, device: str) -> Path:
+    """The dataset with what completes this kind of labels: itself, or a copy that is made once."""
+    priors, further = options.priors if kind.priors else None, kind.further or None
+    if priors is None and further is None:
+        return path
+    copy: Path = options.out / f"{path.name}-priors{priors or 0}-further{kind.further}"
+    return copy if copy.exists() else complete(path, teacher, priors=priors, further=further, out=copy, device=device)
+
+
 def _train(
-    options: argparse.Namespace, kind: Kind, path: Path, source: Source, teacher: Teacher, seed: int
+    options: argparse.Namespace, kind: Kind, path: Path, name: str, source: Source, teacher: Teacher
 ) -> Measured:
-    config = StudentConfig(
-        labels=kind.labels,
-        architecture=options.student,
-        epochs=options.epochs,
-        teacher_checkpoint=options.teacher_checkpoint,
-        seed=seed,
-        device=pick_device(options.device),
-    )
     with open_dataset(path) as dataset:
-        wrapped: list[WithFurther] = []
-        result = train_student(path, source, config, wrap=partial(_wrap, kind, dataset, teacher, wrapped.append))
+        records = dataset.manifest.records
+        config = StudentConfig(
+            labels=kind.labels,
+            architecture=options.student,
+            epochs=options.epochs,
+            teacher_checkpoint=options.teacher_checkpoint,
+            seed=records.seed,
+            device=pick_device(options.device),
+        )
+        result = train_student(path, source, config, wrap=partial(_wrap, kind, teacher, records.temperature))
         return Measured(
             kind=kind.name,
-            dataset=path.name,
-            seed=seed,
-            bytes_per_pair=_stored_bytes(kind, dataset) + sum(each.bytes_per_pair() for each in wrapped),
+            dataset=name,
+            seed=records.seed,
+            bytes_per_pair=_stored_bytes(kind, dataset),
             top1=100 * result.top1,
         )
 
 
-def _wrap(
-    kind: Kind, dataset: DistilledDataset, teacher: Teacher, note: Callable[[WithFurther], None], loader: DBRLoader
-) -> Batches:
-    if kind.top:
-        return TopClasses(loader, teacher.model, dataset.manifest.records.temperature)
-    if not kind.further:
-        return loader
-    wrapped = WithFurther(loader, dataset, teacher.model, kind.further)
-    note(wrapped)
-    return wrapped
+def _wrap(kind: Kind, teacher: Teacher, temperature: float, loader: DBRLoader) -> Batches:
+    return TopClasses(loader, teacher.model, temperature) if kind.top else loader
 
 
 def _stored_bytes(kind: Kind, dataset: DistilledDataset) -> float:
-    """Bytes a pair without further classes."""
+    """Bytes a pair."""
     manifest = dataset.manifest
     if kind.name == "one-hot":
         return 0.0

@@ -149,7 +149,7 @@ class CompactLoss(nn.Module):
 
 
 class CompletedDBRLoss(nn.Module):
-    """KL divergence from the completed labels (`completed_labels`): the stored distances and the images' priors.
+    """KL divergence from the completed labels (`completed_labels`): distances, further classes and images' priors.
 
     Args:
         temperature: softmax temperature of the student; must be the teacher's
@@ -172,7 +172,7 @@ def completed_labels(batch: DBRBatch, classes: int) -> Tensor:
     """The teacher's prediction as far as the dataset tells: rows (B, C) that sum to one, float32 at least.
 
     The pair's two classes have the probabilities p = exp(-d) that the distances state, divided by max(1, their sum).
-    So do further classes, where the batch has any.
+    So do further classes, where the dataset stores any, and these count in the sum.
     What is left goes to the other classes like lam * prior_org + (1 - lam) * prior_aug, no class less than
     PRIOR_FLOOR before normalisation; evenly where the dataset stores no priors.
     """

@@ -61,6 +61,7 @@ def layout_of(coding: Coding) -> RecordLayout:
         mixes=None if verbatim else MixTable.from_entries(mix_codebook(5, SIZE, "both", count=5), SIZE),
         levels=distance_levels(20 if coding == "derived" else 12),
         priors=2 if coding == "explicit" else None,
+        further={"explicit": None, "derived": 1, "verbatim": 2}[coding],
     )
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.accuracy_by_bytes import main
-from benchmarks.completion import TopClasses, WithFurther, with_priors
+from benchmarks.completion import TopClasses, complete
 from builders.models import create_model
 from builders.relabel import prior_masses
 from builders.teacher import Teacher, load_teacher, save_checkpoint
@@ -58,21 +58,20 @@ def predictions(teacher: nn.Module, images: Tensor) -> Tensor:
     return p
 
 
-def test_further_classes_are_the_likeliest_others_rounded(folder: Path) -> None:
-    teacher = tiny_teacher(folder).model
-    with open_dataset(folder / "data") as dataset:
-        table = torch.from_numpy(dataset.manifest.codebooks.distances)
-        wrapped = WithFurther(DBRLoader(folder / "data", 8), dataset, teacher, 2)
-        for batch in wrapped:
-            assert batch.further is not None
-            for row, p in enumerate(predictions(teacher, batch.images)):
-                own = {int(batch.label_org[row]), int(batch.label_aug[row])}
-                others = sorted(set(range(len(CLASSES))) - own, key=lambda label: -float(p[label]))
-                assert batch.further.classes[row].tolist() == others[:2]
-                nearest = [(table + p[label].log()).abs().min() for label in others[:2]]
-                stored = (batch.further.distances[row] + p[others[:2]].log()).abs()
-                torch.testing.assert_close(stored, torch.stack(nearest))
-    assert 0 < wrapped.bytes_per_pair() < 20
+def test_further_classes_are_the_likeliest_others_rounded(folder: Path, tmp_path: Path) -> None:
+    teacher = tiny_teacher(folder)
+    out = complete(folder / "data", teacher, priors=None, further=2, out=tmp_path / "with", device="cpu")
+    assert verify_dataset(out) == []
+    table = torch.from_numpy(Manifest.load(out / MANIFEST_NAME).codebooks.distances)
+    for batch in DBRLoader(out, 8):
+        assert batch.further is not None
+        for row, p in enumerate(predictions(teacher.model, batch.images)):
+            own = {int(batch.label_org[row]), int(batch.label_aug[row])}
+            others = sorted(set(range(len(CLASSES))) - own, key=lambda label: -float(p[label]))
+            assert batch.further.classes[row].tolist() == others[:2]
+            nearest = [(table + p[label].log()).abs().min() for label in others[:2]]
+            stored = (batch.further.distances[row] + p[others[:2]].log()).abs()
+            torch.testing.assert_close(stored, torch.stack(nearest))
 
 
 def test_the_top_classes_alone_make_labels_with_marginal_smoothing(folder: Path) -> None:
@@ -85,8 +84,8 @@ def test_the_top_classes_alone_make_labels_with_marginal_smoothing(folder: Path)
         torch.testing.assert_close(completed_labels(batch, len(CLASSES)), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_dataset_gets_priors_and_keeps_the_rest(folder: Path, tmp_path: Path) -> None:
-    out = with_priors(folder / "data", tiny_teacher(folder), 3, tmp_path / "with", device="cpu")
+def test_a_dataset_is_completed_and_keeps_the_rest(folder: Path, tmp_path: Path) -> None:
+    out = complete(folder / "data", tiny_teacher(folder), priors=3, further=1, out=tmp_path / "with", device="cpu")
     assert verify_dataset(out) == []
     with open_dataset(folder / "data") as before, open_dataset(out) as after:
         old, new = before.shards[0], after.shards[0]

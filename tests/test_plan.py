@@ -108,7 +108,7 @@ def test_what_is_done_is_counted_and_not_measured(source: Path, tmp_path: Path) 
 
 def test_sizes_are_near_those_of_the_build(source: Path, tmp_path: Path) -> None:
     """Noise compresses alike before and after refinement; distances of an untrained teacher are all the same."""
-    here = config(source, tmp_path / "out", iterations=0)
+    here = config(source, tmp_path / "out", iterations=0, further=1)
     found = stages(here)
     build(here)
     folders = {path.name.partition("-")[0]: path for path in (tmp_path / "out.work").iterdir() if path.is_dir()}

@@ -212,7 +212,7 @@ def set_row(number: int, column: int, value: object) -> Callable[[dict[str, Any]
 
 HEADER_FAULTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda c: c.update(format="tar"), "format is 'tar', expected 'nrrdd-shard'"),
-    (lambda c: c.update(version=[2, 0]), r"version is 2\.0, this reader knows 1\.x"),
+    (lambda c: c.update(version=[3, 0]), r"version is 3\.0, this reader knows 1\.x and 2\.x"),
     (lambda c: c.update(version=[0, 9]), r"version is 0\.9"),
     (lambda c: c.update(version="1.0"), "expected \\[major, minor\\]"),
     (lambda c: c.pop("version"), "version is None"),

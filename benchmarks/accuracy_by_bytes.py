@@ -12,19 +12,17 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
 from matplotlib.figure import Figure
 
 from benchmarks.command import add_device, pick_device, run
-from benchmarks.completion import TopClasses, complete
+from benchmarks.completion import complete
 from benchmarks.footprint import epoch_pairs, fkd_bytes_per_pair, in_full_batches
 from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
 from benchmarks.spread import difference, spread
 from benchmarks.student import (
-    Batches,
     Labels,
     StudentConfig,
     load_dataset_teacher,
@@ -33,7 +31,6 @@ from benchmarks.student import (
 )
 from builders.sources import Source
 from builders.teacher import Teacher
-from loaders import DBRLoader
 from nrrdd_format.dataset import DistilledDataset, open_dataset
 from nrrdd_format.files import atomic_write
 
@@ -49,7 +46,6 @@ class Kind:
     labels: Labels
     priors: bool = False
     further: int = 0
-    top: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +76,7 @@ def kinds(further: Sequence[int]) -> list[Kind]:
         Kind(name="compact", labels="compact"),
         Kind(name="DBR", labels="dbr"),
         *completed,
-        Kind(name="FKD top 5", labels="dbr-completed", top=True),
+        Kind(name="FKD top 5", labels="soft-top5"),
         Kind(name="soft", labels="soft"),
     ]
 
@@ -152,7 +148,7 @@ def _measure_dataset(options: argparse.Namespace, path: Path, source: Source) ->
         done = options.out / f"{path.name}-{kind.name.replace(', ', '-').replace(' ', '-')}-{options.epochs}.json"
         if not done.exists():
             completed = _completed(options, kind, path, teacher, device)
-            write_json(done, asdict(_train(options, kind, completed, path.name, source, teacher)))
+            write_json(done, asdict(_train(options, kind, completed, path.name, source)))
         rows.append(Measured(**json.loads(done.read_text())))
         print(f"{rows[-1].kind}: seed {rows[-1].seed}, top-1 {rows[-1].top1:.2f} %", flush=True)
     return rows
@@ -167,9 +163,7 @@ def _completed(options: argparse.Namespace, kind: Kind, path: Path, teacher: Tea
     return copy if copy.exists() else complete(path, teacher, priors=priors, further=further, out=copy, device=device)
 
 
-def _train(
-    options: argparse.Namespace, kind: Kind, path: Path, name: str, source: Source, teacher: Teacher
-) -> Measured:
+def _train(options: argparse.Namespace, kind: Kind, path: Path, name: str, source: Source) -> Measured:
     with open_dataset(path) as dataset:
         records = dataset.manifest.records
         config = StudentConfig(
@@ -180,7 +174,7 @@ def _train(
             seed=records.seed,
             device=pick_device(options.device),
         )
-        result = train_student(path, source, config, wrap=partial(_wrap, kind, teacher, records.temperature))
+        result = train_student(path, source, config)
         return Measured(
             kind=kind.name,
             dataset=name,
@@ -190,18 +184,14 @@ def _train(
         )
 
 
-def _wrap(kind: Kind, teacher: Teacher, temperature: float, loader: DBRLoader) -> Batches:
-    return TopClasses(loader, teacher.model, temperature) if kind.top else loader
-
-
 def _stored_bytes(kind: Kind, dataset: DistilledDataset) -> float:
     """Bytes a pair."""
     manifest = dataset.manifest
     if kind.name == "one-hot":
         return 0.0
-    if kind.top or kind.labels == "soft":
+    if kind.labels in ("soft", "soft-top5"):
         pairs, classes = in_full_batches(epoch_pairs(dataset)), len(manifest.dataset.class_names)
-        form = "top5" if kind.top else "fp16"
+        form = "fp16" if kind.labels == "soft" else "top5"
         return fkd_bytes_per_pair(pairs, size=manifest.images.size, num_classes=classes, form=form)  # type: ignore[arg-type]
     pairs_stored = sum(entry.pairs_per_epoch for entry in manifest.shards) * manifest.records.epochs
     return sum(entry.record_bytes for entry in manifest.shards) / pairs_stored

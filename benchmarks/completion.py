@@ -1,26 +1,17 @@
 """What completes a DBR label beyond its two distances: images' priors, and further classes of each pair.
 
 Both are part of the format, and a build makes them where it is asked to; here a dataset gets them that was built
-without, so that students with and without see the same images. FKD's top 5 are no part of it: a batch gets them on its
-way from the loader to the student.
-
-Shapes: B pairs, x further classes of each, C classes in all.
+without, so that students with and without see the same images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
-from benchmarks.student import Batches
 from builders.job import PRIOR_EPOCHS
 from builders.relabel import prior_masses, relabel_epoch
 from builders.teacher import Teacher
-from loaders import ClassDistances, DBRBatch
 from nrrdd_format.copies import new_folder
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.manifest import CODEC_EXTENSIONS, MANIFEST_NAME, Manifest
@@ -108,41 +99,3 @@ class _Completion:
             std=self._manifest.images.std,
         )
         return choose_priors(masses, reader.labels, layout.priors, layout.levels)
-
-
-class TopClasses:
-    """Gives each batch the teacher's `count` likeliest classes and nothing else: FKD's labels with marginal smoothing.
-
-    The loss of completed labels then spreads what is left evenly over all other classes, as that does.
-    """
-
-    def __init__(self, loader: Batches, teacher: nn.Module, temperature: float, count: int = 5) -> None:
-        self._loader, self._teacher, self._temperature, self._count = loader, teacher, temperature, count
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that the next iteration goes through."""
-        self._loader.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[DBRBatch]:
-        """The batches of that epoch."""
-        return map(self._changed, self._loader)
-
-    def _changed(self, batch: DBRBatch) -> DBRBatch:
-        distances, classes = predicted(self._teacher, batch, self._temperature).neg().topk(self._count, largest=False)
-        return replace(
-            batch,
-            label_org=classes[:, 0],
-            label_aug=classes[:, 1],
-            distance_org=distances[:, 0],
-            distance_aug=distances[:, 1],
-            prior_org=None,
-            prior_aug=None,
-            further=ClassDistances(classes=classes[:, 2:], distances=distances[:, 2:]),
-        )
-
-
-@torch.no_grad()
-def predicted(teacher: nn.Module, batch: DBRBatch, temperature: float) -> Tensor:
-    """The teacher's log p (B, C) of a batch."""
-    logits: Tensor = teacher(batch.images)
-    return (logits.float() / temperature).log_softmax(1)

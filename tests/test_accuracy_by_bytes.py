@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.accuracy_by_bytes import main
-from benchmarks.completion import TopClasses, complete
+from benchmarks.completion import complete
 from builders.models import create_model
 from builders.relabel import prior_masses
 from builders.teacher import Teacher, load_teacher, save_checkpoint
-from loaders import DBRLoader, completed_labels
+from loaders import DBRLoader
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.manifest import MANIFEST_NAME, Manifest
 from nrrdd_format.replay import decode_image, plan_batch, replay, stack_images
@@ -72,16 +72,6 @@ def test_further_classes_are_the_likeliest_others_rounded(folder: Path, tmp_path
             nearest = [(table + p[label].log()).abs().min() for label in others[:2]]
             stored = (batch.further.distances[row] + p[others[:2]].log()).abs()
             torch.testing.assert_close(stored, torch.stack(nearest))
-
-
-def test_the_top_classes_alone_make_labels_with_marginal_smoothing(folder: Path) -> None:
-    teacher = tiny_teacher(folder).model
-    for batch in TopClasses(DBRLoader(folder / "data", 8), teacher, 1.0, count=3):
-        p = predictions(teacher, batch.images)
-        top, classes = p.topk(3)
-        left = (1 - top.sum(1, keepdim=True)) / (len(CLASSES) - 3)
-        expected = left.expand(-1, len(CLASSES)).scatter(1, classes, top)
-        torch.testing.assert_close(completed_labels(batch, len(CLASSES)), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_dataset_is_completed_and_keeps_the_rest(folder: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from benchmarks.command import add_device, add_source, pick_device, run
 from benchmarks.grid import IMAGES, LABELS, Cell, Grid, Table, read_cells, run_grid, stored_epochs
 from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
-from benchmarks.spread import difference, spread
+from benchmarks.spread import interval, spread
 from benchmarks.teacher import TeacherConfig
 from builders.sources import Source, load_source
 from nrrdd_format.errors import ConfigError
@@ -146,7 +146,9 @@ def report(grid: Grid, table: Table) -> str:
             f"{grid.iterations} steps of refinement; {len(grid.seeds)} seeds. Top-1 in % on {first.test_images:,} real "
             f"test images after the last epoch, mean ± standard deviation over seeds.{_gaps(grid, table)}",
             accuracy_table(grid, table),
-            "Differences between cells of the same seed, in points of top-1 (mean ± standard deviation over seeds):",
+            *(_recovery_section(grid, table) if {"one-hot", "soft"} < set(grid.labels) else ()),
+            "Differences between cells of the same seed, in points of top-1: mean and its 95 % interval over the seeds "
+            "that have both.",
             difference_table(grid, table),
             "Bytes on disk, first seed:",
             bytes_table(grid, table),
@@ -155,15 +157,25 @@ def report(grid: Grid, table: Table) -> str:
 
 
 def accuracy_table(grid: Grid, table: Table) -> str:
-    """Top-1 by images (rows) and labels (columns); the last column says how much of the way to soft labels DBR goes."""
-    shows_recovery = {"one-hot", "dbr", "soft"} <= set(grid.labels)
+    """Top-1 by images (rows) and labels (columns)."""
+    rows = []
+    for ipc in grid.ipcs:
+        for images in grid.images:
+            tops = [top1(grid, table, ipc, images, labels) for labels in grid.labels]
+            rows.append([f"IPC {ipc}, {images}", *(spread(list(each.values())) if each else "-" for each in tops)])
+    return markdown_table(["images", *grid.labels], rows)
+
+
+def recovery_table(grid: Grid, table: Table) -> str:
+    """By images (rows) and labels (columns): how much of what soft labels gain over one-hot the labels gain."""
+    between = [labels for labels in grid.labels if labels not in ("one-hot", "soft")]
     rows = []
     for ipc in grid.ipcs:
         for images in grid.images:
             tops = {labels: top1(grid, table, ipc, images, labels) for labels in grid.labels}
-            cells = [spread(list(values.values())) if values else "-" for values in tops.values()]
-            rows.append([f"IPC {ipc}, {images}", *cells, *([recovery(tops)] if shows_recovery else [])])
-    return markdown_table(["images", *grid.labels, *(["recovered %"] if shows_recovery else [])], rows)
+            low, high = tops["one-hot"], tops["soft"]
+            rows.append([f"IPC {ipc}, {images}", *(recovery(low, tops[labels], high) for labels in between)])
+    return markdown_table(["images", *between], rows)
 
 
 def difference_table(grid: Grid, table: Table) -> str:
@@ -200,17 +212,21 @@ def top1(grid: Grid, table: Table, ipc: int, images: str, labels: str) -> dict[i
 
 
 def paired(before: dict[int, float], after: dict[int, float]) -> str:
-    """What the seeds gained that both have; a dash without any."""
+    """What the seeds gained that both have, with the 95 % interval of its mean; a dash without any."""
     seeds = [seed for seed in before if seed in after]
-    return difference([before[seed] for seed in seeds], [after[seed] for seed in seeds]) if seeds else "-"
+    return interval([before[seed] for seed in seeds], [after[seed] for seed in seeds]) if seeds else "-"
 
 
-def recovery(tops: dict[str, dict[int, float]]) -> str:
-    """(dbr − one-hot) / (soft − one-hot) of the means, in percent; a dash where soft labels bring nothing."""
-    if not (tops["one-hot"] and tops["dbr"] and tops["soft"]):
+def recovery(one_hot: dict[int, float], labels: dict[int, float], soft: dict[int, float]) -> str:
+    """(labels − one-hot) / (soft − one-hot) of the means, in percent; a dash where soft labels bring nothing."""
+    if not (one_hot and labels and soft):
         return "-"
-    one_hot, dbr, soft = (mean(tops[labels].values()) for labels in ("one-hot", "dbr", "soft"))
-    return f"{100 * (dbr - one_hot) / (soft - one_hot):.0f}" if soft > one_hot else "-"
+    low, reached, high = (mean(tops.values()) for tops in (one_hot, labels, soft))
+    return f"{100 * (reached - low) / (high - low):.0f}" if high > low else "-"
+
+
+def _recovery_section(grid: Grid, table: Table) -> tuple[str, str]:
+    return "Of what soft labels gain over one-hot, these labels recover, in %:", recovery_table(grid, table)
 
 
 def _gaps(grid: Grid, table: Table) -> str:

@@ -15,14 +15,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.completion import complete
 from benchmarks.footprint import Footprint, measure, soft_label_bytes
 from benchmarks.results_io import write_json
-from benchmarks.student import StudentConfig, train_student
+from benchmarks.student import Labels, StudentConfig, load_dataset_teacher, train_student
 from benchmarks.teacher import TeacherConfig, summary, train_and_save
 from builders.config import BuildConfig, Confidence, Init, Mask
 from builders.pipeline import build
 from builders.sources import Source
 from nrrdd_format.dataset import open_dataset
+from nrrdd_format.manifest import MANIFEST_NAME, Manifest
 from nrrdd_format.shards import file_sha256
 
 Changes = tuple[tuple[str, Any], ...]
@@ -61,16 +63,35 @@ IMAGES = {
 `discovery+nrr+lr` is the paper's whole method, `nrr+lr` this project's. `noise+all-pixels` starts and refines as SRe2L.
 """
 
-LABELS: dict[str, dict[str, Any]] = {
-    "one-hot": {"labels": "one-hot"},
-    "compact": {"labels": "compact"},
-    "dbr": {"labels": "dbr"},
-    "dbr-completed": {"labels": "dbr-completed"},
-    "soft": {"labels": "soft"},
-    "soft-t20": {"labels": "soft", "soft_temperature": 20.0},
-    "fkd-top5": {"labels": "soft-top5"},
+
+@dataclass(frozen=True, kw_only=True)
+class LabelKind:
+    """How a student is trained on a kind of labels, and what its dataset holds beside two distances a pair."""
+
+    labels: Labels
+    soft_temperature: float = 1.0
+    priors: int | None = None
+    further: int | None = None
+
+    @property
+    def completes(self) -> bool:
+        """Whether the labels need more than a plain dataset."""
+        return self.priors is not None or self.further is not None
+
+
+LABELS = {
+    "one-hot": LabelKind(labels="one-hot"),
+    "compact": LabelKind(labels="compact"),
+    "dbr": LabelKind(labels="dbr"),
+    "dbr-priors": LabelKind(labels="dbr-completed", priors=9),
+    "dbr-further1": LabelKind(labels="dbr-completed", priors=9, further=1),
+    "dbr-further3": LabelKind(labels="dbr-completed", priors=9, further=3),
+    "soft": LabelKind(labels="soft"),
+    "soft-t20": LabelKind(labels="soft", soft_temperature=20.0),
+    "fkd-top5": LabelKind(labels="soft-top5"),
 }
-"""Kinds of labels by name: the student's options. RDED evaluates at temperature 20; FKD keeps the five highest."""
+"""Kinds of labels by name. The `dbr-` ones are completed by images' priors, and some by further classes of each pair;
+RDED evaluates at temperature 20; FKD keeps the five highest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,9 +209,7 @@ def read_cells(grid: Grid, cells: Iterable[Cell]) -> Table:
 
 def run_cell(grid: Grid, cell: Cell, source: Source) -> Result:
     """Builds, trains and tests a cell; writes its result and returns it."""
-    dataset = dataset_path(grid, cell)
-    if not dataset.is_dir():  # a folder under its final name is whole
-        build(build_config(grid, cell))
+    dataset = labelled_dataset(grid, cell)
     student = train_student(dataset, source, student_config(grid, cell))
     with open_dataset(dataset) as opened:
         footprint, teacher = measure(opened), opened.manifest.teacher
@@ -221,8 +240,19 @@ def run_cell(grid: Grid, cell: Cell, source: Source) -> Result:
     return result
 
 
+def labelled_dataset(grid: Grid, cell: Cell) -> Path:
+    """The dataset that the cell's student trains on, built where it is missing; a folder under its name is whole."""
+    built, labelled, kind = dataset_path(grid, cell), labelled_path(grid, cell), LABELS[cell.labels]
+    if not built.is_dir():
+        build(build_config(grid, cell))
+    if not labelled.is_dir():
+        teacher = load_dataset_teacher(Manifest.load(built / MANIFEST_NAME), grid.teacher_checkpoint, grid.device)
+        complete(built, teacher, priors=kind.priors, further=kind.further, out=labelled, device=grid.device)
+    return labelled
+
+
 def _label_bytes(labels: str, footprint: Footprint, soft: float, top5: float) -> float:
-    kind = LABELS[labels]["labels"]
+    kind = LABELS[labels].labels
     return {"one-hot": 0.0, "soft": soft, "soft-top5": top5}.get(kind, float(footprint.labels))
 
 
@@ -269,15 +299,17 @@ def stored_epochs(grid: Grid) -> int:
 
 def student_config(grid: Grid, cell: Cell) -> StudentConfig:
     """How a cell's student is trained."""
-    options = LABELS[cell.labels] | dict(cell.student)
-    return StudentConfig(
-        **options,
+    kind = LABELS[cell.labels]
+    config = StudentConfig(
+        labels=kind.labels,
+        soft_temperature=kind.soft_temperature,
         architecture=grid.student,
         epochs=grid.epochs,
         teacher_checkpoint=grid.teacher_checkpoint,
         seed=cell.seed,
         device=grid.device,
     )
+    return replace(config, **dict(cell.student))
 
 
 def image_kind(method: dict[str, Any]) -> str | None:
@@ -302,11 +334,17 @@ def dataset_path(grid: Grid, cell: Cell) -> Path:
     return grid.out / "datasets" / f"ipc{cell.ipc}-{cell.images}-seed{cell.seed}-{key}"
 
 
+def labelled_path(grid: Grid, cell: Cell) -> Path:
+    """The folder of the dataset as a cell's student sees it: completed where its labels are."""
+    built, kind = dataset_path(grid, cell), LABELS[cell.labels]
+    return built.with_name(f"{built.name}-priors{kind.priors}-further{kind.further}") if kind.completes else built
+
+
 def cell_path(grid: Grid, cell: Cell) -> Path:
     """The file of a cell's result."""
     options = asdict(student_config(grid, cell))
     decisive = {name: value for name, value in options.items() if name not in PLACES}
-    key = _key(dataset_path(grid, cell).name, decisive)
+    key = _key(labelled_path(grid, cell).name, decisive)
     return grid.out / "cells" / f"ipc{cell.ipc}-{cell.images}-{cell.labels}-seed{cell.seed}-{key}.json"
 
 

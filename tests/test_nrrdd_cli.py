@@ -262,27 +262,27 @@ def test_the_accuracy_benchmark_goes_on_where_it_was(tmp_path: Path, capsys: pyt
     out, results = tmp_path / "out", tmp_path / "results"
     command = (
         f"--dataset digits --out {out} --results {results} --seeds 0 1 --ipc 1 --epochs 2 --iterations 1 "
-        "--images random-real nrr+lr --labels one-hot dbr soft --student conv2-w8 --teacher conv2-w8 "
+        "--images random-real nrr+lr --labels one-hot dbr dbr-further1 soft --student conv2-w8 --teacher conv2-w8 "
         "--teacher-epochs 3"
     ).split()
     assert accuracy.main(command) == 0
     cells = sorted((out / "cells").iterdir())
-    assert len(cells) == 12
+    assert len(cells) == 16
     assert accuracy.main([*command, "--collect"]) == 0
     assert "Incomplete" not in capsys.readouterr().out
     cells[0].unlink()
     assert accuracy.main([*command, "--collect"]) == 0
-    assert "Incomplete: 11 of 12 students" in capsys.readouterr().out and not cells[0].is_file()
+    assert "Incomplete: 15 of 16 students" in capsys.readouterr().out and not cells[0].is_file()
     changed = [path.stat().st_mtime_ns for path in cells[1:]]
     assert accuracy.main(command) == 0
     assert [path.stat().st_mtime_ns for path in cells[1:]] == changed and cells[0].is_file()
     printed = capsys.readouterr().out
-    assert "IPC 1, nrr+lr" in printed and "dbr − one-hot" in printed and "recovered" in printed
+    assert "IPC 1, nrr+lr" in printed and "dbr − one-hot" in printed and "recover, in %" in printed
     assert {path.suffix for path in results.iterdir()} == {".json", ".md", ".png"}
     record = json.loads(next(results.glob("*.json")).read_text())
-    assert len(record["cells"]) == 12 and record["seeds"] == [0, 1]
+    assert len(record["cells"]) == 16 and record["seeds"] == [0, 1]
     labels = {cell["labels"]: cell["bytes_labels"] for cell in record["cells"]}
-    assert labels["one-hot"] == 0 and labels["dbr"] > 0 and labels["soft"] > 0
+    assert labels["one-hot"] == 0 and 0 < labels["dbr"] < labels["dbr-further1"] and labels["soft"] > 0
     assert str(tmp_path) not in json.dumps(record)
 
 
@@ -293,10 +293,10 @@ def test_statistics_of_seeds() -> None:
     assert difference([2.0], [1.0]) == "-1.00"
     assert interval([1.0, 3.0], [2.0, 6.0]) == "+2.00 ± 12.71"
     assert interval([2.0], [1.0]) == "-1.00"
-    assert accuracy.recovery({"one-hot": {0: 20.0}, "dbr": {0: 50.0}, "soft": {0: 80.0}}) == "50"
-    assert accuracy.recovery({"one-hot": {0: 20.0}, "dbr": {0: 50.0}, "soft": {0: 20.0}}) == "-"
-    assert accuracy.recovery({"one-hot": {0: 20.0}, "dbr": {0: 50.0}, "soft": {}}) == "-"
-    assert accuracy.paired({0: 1.0, 1: 3.0, 2: 9.0}, {1: 6.0, 0: 2.0}) == "+2.00 ± 1.41"
+    assert accuracy.recovery({0: 20.0}, {0: 50.0}, {0: 80.0}) == "50"
+    assert accuracy.recovery({0: 20.0}, {0: 50.0}, {0: 20.0}) == "-"
+    assert accuracy.recovery({0: 20.0}, {0: 50.0}, {}) == "-"
+    assert accuracy.paired({0: 1.0, 1: 3.0, 2: 9.0}, {1: 6.0, 0: 2.0}) == "+2.00 ± 12.71"
     assert accuracy.paired({0: 1.0}, {1: 6.0}) == "-"
 
 

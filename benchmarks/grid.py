@@ -240,11 +240,17 @@ def run_cell(grid: Grid, cell: Cell, source: Source) -> Result:
     return result
 
 
-def labelled_dataset(grid: Grid, cell: Cell) -> Path:
-    """The dataset that the cell's student trains on, built where it is missing; a folder under its name is whole."""
-    built, labelled, kind = dataset_path(grid, cell), labelled_path(grid, cell), LABELS[cell.labels]
-    if not built.is_dir():
+def built_dataset(grid: Grid, cell: Cell) -> Path:
+    """The dataset of the cell's images, built where it is missing; a folder under its name is whole."""
+    path = dataset_path(grid, cell)
+    if not path.is_dir():
         build(build_config(grid, cell))
+    return path
+
+
+def labelled_dataset(grid: Grid, cell: Cell) -> Path:
+    """The same as the cell's student sees it: completed where its labels are."""
+    built, labelled, kind = built_dataset(grid, cell), labelled_path(grid, cell), LABELS[cell.labels]
     if not labelled.is_dir():
         teacher = load_dataset_teacher(Manifest.load(built / MANIFEST_NAME), grid.teacher_checkpoint, grid.device)
         complete(built, teacher, priors=kind.priors, further=kind.further, out=labelled, device=grid.device)
@@ -335,7 +341,7 @@ def dataset_path(grid: Grid, cell: Cell) -> Path:
 
 
 def labelled_path(grid: Grid, cell: Cell) -> Path:
-    """The folder of the dataset as a cell's student sees it: completed where its labels are."""
+    """The folder of the dataset that the cell's student trains on."""
     built, kind = dataset_path(grid, cell), LABELS[cell.labels]
     return built.with_name(f"{built.name}-priors{kind.priors}-further{kind.further}") if kind.completes else built
 

@@ -9,9 +9,10 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9
 """Student's t: half the width of a mean's 95 % interval in standard errors, by the number of values."""
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 2) -> str:
     """Mean and sample standard deviation; the mean alone of a single value."""
-    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+    average = f"{mean(values):.{digits}f}"
+    return f"{average} ± {stdev(values):.{digits}f}" if len(values) > 1 else average
 
 
 def difference(before: Sequence[float], after: Sequence[float]) -> str:

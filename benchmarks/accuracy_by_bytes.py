@@ -2,8 +2,9 @@
 
 `python -m benchmarks.accuracy_by_bytes DATASET... --teacher-checkpoint FILE --out DIR` trains students on the same
 images with labels from none to all of the teacher's prediction: completed by images' priors and by x further classes
-of each pair (`benchmarks.completion`), beside one-hot, compact and plain DBR labels, FKD's top 5 and soft labels. Give
-datasets that differ in their seed only. A student that is done is not trained again.
+of each pair (`benchmarks.completion`) or by a code of the whole prediction (`benchmarks.logit_codes`), beside one-hot,
+compact and plain DBR labels, FKD's top 5 and soft labels. Give datasets that differ in their seed only. A student that
+is done is not trained again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -20,6 +22,7 @@ from matplotlib.figure import Figure
 from benchmarks.command import add_device, pick_device, run
 from benchmarks.completion import complete
 from benchmarks.footprint import epoch_pairs, fkd_bytes_per_pair, in_full_batches
+from benchmarks.logit_codes import FIT_PAIRS, CodedBatches, LogitCode, LowRank, ProductCode, coded_bytes, predictions
 from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
 from benchmarks.spread import difference, spread
 from benchmarks.student import (
@@ -46,6 +49,10 @@ class Kind:
     labels: Labels
     priors: bool = False
     further: int = 0
+    rank: int = 0
+    """Of a low-rank code; 0: none."""
+    parts: int = 0
+    """Of a product code; 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +66,7 @@ class Measured:
     top1: float
 
 
-def kinds(further: Sequence[int]) -> list[Kind]:
+def kinds(further: Sequence[int], ranks: Sequence[int], parts: Sequence[int]) -> list[Kind]:
     """All kinds of labels, from nothing of the teacher's to all of it."""
     completed = [
         Kind(
@@ -76,6 +83,8 @@ def kinds(further: Sequence[int]) -> list[Kind]:
         Kind(name="compact", labels="compact"),
         Kind(name="DBR", labels="dbr"),
         *completed,
+        *(Kind(name=f"low-rank code, {rank} components", labels="dbr-completed", rank=rank) for rank in ranks),
+        *(Kind(name=f"product code, {count} parts", labels="dbr-completed", parts=count) for count in parts),
         Kind(name="FKD top 5", labels="soft-top5"),
         Kind(name="soft", labels="soft"),
     ]
@@ -105,6 +114,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=300, metavar="N", help="of every student (300)")
     parser.add_argument("--priors", type=int, default=9, metavar="K", help="classes in an image's prior (9)")
     parser.add_argument("--further", type=int, nargs="+", default=[0, 1, 2, 3, 5, 8], metavar="X", help="0 1 2 3 5 8")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4, 8], metavar="R", help="low-rank codes (2 4 8)")
+    parser.add_argument("--parts", type=int, nargs="*", default=[2, 4], metavar="M", help="product codes (2 4)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="keeps datasets and finished students")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"for the report ({RESULTS})")
     add_device(parser)
@@ -117,7 +128,7 @@ def measure(options: argparse.Namespace) -> int:
     source = load_matching_source(first, name=options.dataset, data_dir=options.data_dir, test_dir=options.test_dir)
     rows = [row for path in options.datasets for row in _measure_dataset(options, path, source)]
     seeds = sorted({row.seed for row in rows})
-    names = [kind.name for kind in kinds(options.further)]
+    names = [kind.name for kind in _kinds(options)]
     text = table(rows, names)
     print(f"\n{text}")
     facts = provenance(MODULE, seeds=seeds)
@@ -129,7 +140,8 @@ def measure(options: argparse.Namespace) -> int:
     about = (
         f"Students trained for {options.epochs} epochs; teacher {first.teacher.architecture}, top-1 "
         f"{first.teacher.top1 or 0:.2%}. Bytes a pair are measured: records as stored (views, mixes and distances), "
-        "with priors and further classes in them, FKD-style stores for soft labels and the top 5.\n\n"
+        "with priors and further classes in them, with codes beside them (without what their fit takes once); "
+        "FKD-style stores for soft labels and the top 5.\n\n"
     )
     write_text(
         options.results / f"{stem}.md", f"{title}{provenance_text(facts)}\n{about}{text}\n\n![top-1]({stem}.png)\n"
@@ -138,17 +150,21 @@ def measure(options: argparse.Namespace) -> int:
     return 0
 
 
+def _kinds(options: argparse.Namespace) -> list[Kind]:
+    return kinds(options.further, options.ranks, options.parts)
+
+
 def _measure_dataset(options: argparse.Namespace, path: Path, source: Source) -> list[Measured]:
     """All kinds of labels on one dataset."""
     device = pick_device(options.device)
     manifest = open_dataset(path).manifest
     teacher = load_dataset_teacher(manifest, options.teacher_checkpoint, device)
     rows = []
-    for kind in kinds(options.further):
+    for kind in _kinds(options):
         done = options.out / f"{path.name}-{kind.name.replace(', ', '-').replace(' ', '-')}-{options.epochs}.json"
         if not done.exists():
             completed = _completed(options, kind, path, teacher, device)
-            write_json(done, asdict(_train(options, kind, completed, path.name, source)))
+            write_json(done, asdict(_train(options, kind, completed, path.name, source, teacher)))
         rows.append(Measured(**json.loads(done.read_text())))
         print(f"{rows[-1].kind}: seed {rows[-1].seed}, top-1 {rows[-1].top1:.2f} %", flush=True)
     return rows
@@ -163,25 +179,37 @@ def _completed(options: argparse.Namespace, kind: Kind, path: Path, teacher: Tea
     return copy if copy.exists() else complete(path, teacher, priors=priors, further=further, out=copy, device=device)
 
 
-def _train(options: argparse.Namespace, kind: Kind, path: Path, name: str, source: Source) -> Measured:
+def _train(
+    options: argparse.Namespace, kind: Kind, path: Path, name: str, source: Source, teacher: Teacher
+) -> Measured:
     with open_dataset(path) as dataset:
-        records = dataset.manifest.records
         config = StudentConfig(
             labels=kind.labels,
             architecture=options.student,
             epochs=options.epochs,
             teacher_checkpoint=options.teacher_checkpoint,
-            seed=records.seed,
+            seed=dataset.manifest.records.seed,
             device=pick_device(options.device),
         )
-        result = train_student(path, source, config)
-        return Measured(
-            kind=kind.name,
-            dataset=name,
-            seed=records.seed,
-            bytes_per_pair=_stored_bytes(kind, dataset),
-            top1=100 * result.top1,
-        )
+        size = _stored_bytes(kind, dataset)
+        if kind.rank or kind.parts:
+            code, added = _fit_code(kind, dataset, teacher, config)
+            result = train_student(path, source, config, wrap=partial(CodedBatches, teacher=teacher, code=code))
+            size += added
+        else:
+            result = train_student(path, source, config)
+        return Measured(kind=kind.name, dataset=name, seed=config.seed, bytes_per_pair=size, top1=100 * result.top1)
+
+
+def _fit_code(
+    kind: Kind, dataset: DistilledDataset, teacher: Teacher, config: StudentConfig
+) -> tuple[LogitCode, float]:
+    """A code for a dataset's pairs, and the bytes it adds to each."""
+    pairs = sum(entry.pairs_per_epoch for entry in dataset.manifest.shards)
+    epochs = min(dataset.manifest.records.epochs, -(-FIT_PAIRS // pairs))
+    log_p = predictions(dataset.path, teacher, epochs=epochs, device=config.device)
+    code = ProductCode.fit(log_p, kind.parts, config.seed) if kind.parts else LowRank.fit(log_p, kind.rank)
+    return code, coded_bytes(code, log_p)
 
 
 def _stored_bytes(kind: Kind, dataset: DistilledDataset) -> float:
@@ -224,8 +252,12 @@ def plot(path: Path, rows: Sequence[Measured], names: Sequence[str]) -> None:
     lines = {
         "completed, no priors": [name for name in names if name.endswith("no priors")],
         "completed, priors": [name for name in names if name.endswith(", priors")],
+        "low-rank codes": [name for name in names if name.startswith("low-rank")],
+        "product codes": [name for name in names if name.startswith("product")],
     }
-    single = [name for name in names if not name.startswith("completed") and name != "one-hot"]
+    lines = {label: members for label, members in lines.items() if members}
+    joined = {name for members in lines.values() for name in members}
+    single = [name for name in names if name not in joined and name != "one-hot"]
     for label, members in [*lines.items(), *((name, [name]) for name in single)]:
         places = [mean(row.bytes_per_pair for row in _of(rows, name)) for name in members]
         tops = [_tops(rows, name) for name in members]

@@ -115,12 +115,14 @@ def test_the_command_trains_every_kind_once_and_reports_it(folder: Path, tmp_pat
         *(str(folder / "data"), "--dataset", "imagefolder", "--data-dir", str(folder / "train")),
         *("--test-dir", str(folder / "test"), "--teacher-checkpoint", str(folder / "teacher.pt"), "--priors", "2"),
         *("--student", "conv2-w8", "--epochs", "1", "--further", "0", "1", "--device", "cpu"),
+        *("--ranks", "2", "--parts", "2"),
         *("--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")),
     ]
     assert main(options) == 0
     (result,) = (tmp_path / "results").glob("*.json")
     size = {row["kind"]: row["bytes_per_pair"] for row in json.loads(result.read_text())["students"]}
-    assert len(size) == 9
+    assert len(size) == 11
+    assert size["DBR"] < size["low-rank code, 2 components"] and size["DBR"] < size["product code, 2 parts"]
     assert size["one-hot"] == 0 < size["compact"] == size["DBR"] == size["completed, 0 further, no priors"]
     assert size["DBR"] < size["completed, 1 further, no priors"] < size["completed, 1 further, priors"]
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}

@@ -32,6 +32,7 @@ from nrrdd_format.pairs import RecordLayout
 # File names of finished units in the stages' folders.
 CLASS_JSON = "class-{:05d}.json"
 CLASS_ARRAY = "class-{:05d}.npy"
+FLAT_MAPS = "flat-{:05d}.json"
 BATCH_ARRAY = "batch-{:05d}.npy"
 BATCH_LOSSES = "losses-{:05d}.json"
 SHARD_BYTES = "shard-{:05d}.msgpack"

@@ -29,6 +29,7 @@ from builders.job import (
     CLASS_ARRAY,
     CLASS_JSON,
     DISTANCES,
+    FLAT_MAPS,
     FURTHER_CLASSES,
     FURTHER_DISTANCES,
     MASSES,
@@ -174,24 +175,20 @@ def refuse_small_classes(job: Job, counts: Sequence[int]) -> None:
 
 def discover(job: Job, usable: list[NDArray[np.int64]]) -> None:
     """Stage 1 for every class; a unit is a group of classes, whose images share batches."""
-    settings, flat_maps = job.settings.discovery, 0
-    groups = [
-        group for group in job.ranks.share(class_groups(job.num_classes, settings)) if not _is_discovered(job, group)
-    ]
+    settings = job.settings.discovery
+    groups = class_groups(job.num_classes, settings)
+    mine = [group for group in job.ranks.share(groups) if not job.discovery.has(FLAT_MAPS.format(group[0]))]
     threads = reading_threads(job.config.threads)
-    with Progress(sum(map(len, groups)), "discover", "class") as progress:
-        for found in discover_groups(job.source.train, groups, usable, job.eyes, settings, job.config.seed, threads):
+    with Progress(sum(map(len, mine)), "discover", "class") as progress:
+        for found in discover_groups(job.source.train, mine, usable, job.eyes, settings, job.config.seed, threads):
             for one in found.classes:
                 job.discovery.save_array(CLASS_ARRAY.format(one.label), one.images)
-            flat_maps += found.flat_maps
+            # The count comes last: where it is, the group is finished.
+            job.discovery.save_json(FLAT_MAPS.format(found.classes[0].label), found.flat_maps)
             progress.advance(len(found.classes))
-    if flat_maps:
-        job.ranks.say(f"{flat_maps} images have a flat activation map: the teacher sees nothing of their class there")
     job.ranks.meet()
-
-
-def _is_discovered(job: Job, group: Sequence[int]) -> bool:
-    return all(job.discovery.has(CLASS_ARRAY.format(label)) for label in group)
+    if job.ranks.is_first and (flat := sum(job.discovery.load_json(FLAT_MAPS.format(group[0])) for group in groups)):
+        job.ranks.say(f"{flat} images have a flat activation map: the teacher sees nothing of their class there")
 
 
 def refine(job: Job) -> None:

@@ -16,11 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
+from builders import discovery
 from builders.cam import ClassActivation
 from builders.config import BuildConfig
 from builders.job import Job, prepare
 from builders.models import create_model
-from builders.pipeline import build
+from builders.pipeline import build, discover, scan
 from builders.ranks import Ranks
 from builders.teacher import save_checkpoint
 from nrrdd_format.dataset import open_dataset
@@ -185,6 +186,26 @@ def test_two_ranks_give_the_same_bytes(source: Path, reference: Path, tmp_path: 
     result = _run(*torchrun, *_options(source, out))
     assert result.returncode == 0, result.stderr
     assert _content(out) == _content(reference)
+
+
+def test_flat_maps_are_counted_over_all_ranks_and_runs(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To a teacher whose classifier sees nothing, in groups of one class each."""
+    monkeypatch.setattr(discovery, "GROUP_IMAGES", 1)
+    model = create_model("conv2-w8", 3, SIZE)
+    torch.nn.init.zeros_(model.classifier.weight)
+    save_checkpoint(tmp_path / "teacher.pt", model, "conv2-w8", CLASSES)
+    changes = {"teacher_checkpoint": tmp_path / "teacher.pt", "work_dir": tmp_path / "work"}
+    jobs = [prepare(_config(source, tmp_path / "out", **changes), Ranks(rank, 2, 0)) for rank in (1, 0, 0)]
+    jobs[0].scan.make()
+    jobs[0].discovery.make()
+    alone = prepare(_config(source, tmp_path / "out", **changes), Ranks(0, 1, 0))
+    usable = scan(alone)
+    for job in jobs:
+        discover(job, usable)
+    said = [line for line in capsys.readouterr().err.splitlines() if "flat activation map" in line]
+    assert [line.split()[0] for line in said] == ["18", "18"]
 
 
 def test_derived_records_give_the_same_pairs_in_fewer_bytes(source: Path, reference: Path, tmp_path: Path) -> None:

@@ -53,6 +53,11 @@ def name_wnids(root: Path, wnids: Sequence[str]) -> list[str]:
     return [name if count[name] == 1 else f"{name} ({wnid})" for name, wnid in zip(names, wnids, strict=True)]
 
 
+def beside(place: Path) -> Path:
+    """Where files about a dataset lie: in its folder, or next to its file."""
+    return place if place.is_dir() else place.parent
+
+
 def select_classes(names: Sequence[str], wnids: Sequence[str] | None, wanted: Sequence[str] | None) -> list[int]:
     """The labels of the wanted classes, in the dataset's order; all of them if `wanted` is None.
 

@@ -61,7 +61,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[BuildConfig, bool]:
     if values["ipc"] is None and given is None:
         parser.error("the following arguments are required: --ipc (or --from-images)")
     if values["out"] is None:
-        images = f"ipc{values['ipc']}" if given is None else given.resolve().name
+        images = f"ipc{values['ipc']}" if given is None else _name(given)
         values["out"] = Path(f"{values['dataset']}-{images}")
     values["ipc"] = values["ipc"] or 0
     if values["classes"] is not None:
@@ -70,6 +70,11 @@ def _parse(arguments: Sequence[str] | None) -> tuple[BuildConfig, bool]:
     values |= {"teacher": first.architecture, "teacher_checkpoint": first.checkpoint, "more_teachers": tuple(more)}
     dry = values.pop("plan")
     return BuildConfig(**values), dry
+
+
+def _name(given: Path) -> str:
+    """What the default output is called after: the folder or dataset of given images."""
+    return Path(str(given).removeprefix(options.HUB_PREFIX)).resolve().name
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -114,16 +119,22 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         "--from-images",
         type=Path,
         metavar="DIR",
-        help="label and store these distilled images (RDED's, SRe2L's, …; one folder per class) instead of making any; "
-        "--ipc then takes the first N of each class",
+        help="label and store these distilled images (RDED's, SRe2L's, …) instead of making any: one folder per class, "
+        "or hf:DIR or hf:NAME, a dataset of Hugging Face; --ipc then takes the first N of each class",
     )
     group.add_argument("--images-method", metavar="TEXT", help="what made those images, for the dataset's manifest")
     group.add_argument("--test-dir", type=Path, metavar="DIR", help="held-out images for the teacher's check")
     group.add_argument("--classes", nargs="+", metavar="CLASS", help="only these classes (names or WNIDs)")
     group.add_argument("--size", type=int, metavar="PX", help="side of the images; imagefolder, hf and webdataset only")
-    group.add_argument("--image-column", metavar="NAME", help="hf: the column of images; webdataset: their ending")
     group.add_argument(
-        "--label-column", metavar="NAME", help="hf: the column of labels; webdataset: their ending or key in .json"
+        "--image-column",
+        metavar="NAME",
+        help="hf (and hf: given images): the column of images; webdataset: their ending",
+    )
+    group.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="hf (and hf: given images): the column of labels; webdataset: their ending or key in .json",
     )
     group.add_argument("--source-license", metavar="TEXT", help="licence of the source images, for the dataset card")
 

@@ -29,6 +29,9 @@ from nrrdd_format.limits import (
 BLOCK_PAIRS = 20_000
 """Pairs that are compressed together, about: fewer cost bytes, more cost time where one epoch is read."""
 
+HUB_PREFIX = "hf:"
+"""What `--from-images` begins with where it names a dataset of Hugging Face."""
+
 Init = Literal["cidd", "real", "noise"]
 Confidence = Literal["highest", "lowest", "random"]
 CropScore = Literal["sum", "mean"]
@@ -190,7 +193,8 @@ class BuildConfig:
     ipc: int
     """Images per class; 0 with `from_images`: as many as there are."""
     from_images: Path | None = None
-    """Distilled images that exist already, one folder per class: they are labelled and stored as they are."""
+    """Distilled images that exist already: they are labelled and stored as they are. A folder with one folder per
+    class, or `hf:` and the folder or name of a dataset of Hugging Face."""
     images_method: str | None = None
     """What made them, for the manifest."""
     data_dir: Path | None = None
@@ -199,7 +203,8 @@ class BuildConfig:
     size: int | None = None
     image_column: str | None = None
     label_column: str | None = None
-    """Where images and labels stand in a dataset of Hugging Face, or in the samples of a WebDataset."""
+    """Where images and labels stand in a dataset of Hugging Face (of the given images, too), or in the samples of a
+    WebDataset."""
     work_dir: Path | None = None
     """Holds every stage's results; `<out>.work` by default."""
     teacher: str | None = None
@@ -284,12 +289,20 @@ class BuildConfig:
             if self.images_method is not None:
                 raise ConfigError("--images-method: found without --from-images, expected with it")
             return
+        if str(self.from_images) == HUB_PREFIX:
+            raise ConfigError("--from-images: found hf: alone, expected hf:FOLDER or hf:NAME")
         for name in MAKING_OPTIONS:
             if getattr(self, name) != getattr(BuildConfig, name):
                 raise ConfigError(
                     f"--{name.replace('_', '-')}: found with --from-images, whose images are neither discovered nor "
                     f"refined; leave the option out"
                 )
+
+    @property
+    def given_table(self) -> Path | None:
+        """The dataset of Hugging Face that holds the given images; None: they lie in folders, or there are none."""
+        text = str(self.from_images)
+        return Path(text.removeprefix(HUB_PREFIX)) if text.startswith(HUB_PREFIX) else None
 
     @property
     def teachers(self) -> tuple[TeacherChoice, ...]:

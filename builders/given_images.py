@@ -1,4 +1,4 @@
-"""Distilled images that exist already (RDED's, SRe2L's, EDC's, an export of ours): a folder for each class.
+"""Distilled images that exist already (RDED's, SRe2L's, EDC's, an export of ours): class folders, or a table.
 
 They are numbered class-interleaved, as those a build makes itself (see `builders.job`). A file that is already what a
 shard stores keeps its bytes, so that no image is compressed a second time.
@@ -18,14 +18,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from builders.class_names import some
-from builders.config import EncodingSettings
+from builders.class_names import are_wnids, beside, name_wnids, some
+from builders.config import HUB_PREFIX, EncodingSettings
 from builders.encoding import encode_image
 from builders.folders import class_folders, image_names
+from builders.hub_images import is_hub_folder, load_hub_images
 from builders.image_folder import Classes, read_classes, read_image_file
-from builders.image_sets import FolderImages
+from builders.image_sets import MAX_SIZE, Columns, FileImages, FolderImages, first_side, members_by_class
+from builders.images import UnusableImage
 from nrrdd_format.errors import DataError, FormatError
 from nrrdd_format.image_file import check_image
+from nrrdd_format.limits import MAX_IMAGE_BYTES
 from nrrdd_format.manifest import Codec
 
 _NUMBERED = re.compile(r"(\D*)(\d+)")
@@ -38,12 +41,20 @@ _ORIENTATION, _UPRIGHT = 0x0112, (None, 1)  # EXIF's tag, and its values for pic
 
 
 @dataclass(frozen=True, kw_only=True)
-class GivenFolders:
-    """The class folders of given images; label k is entry k."""
+class FoundImages:
+    """Given images as they lie there, whatever their number; label k is entry k of `folders` and `classes`.
 
-    root: Path
+    Attributes:
+        place: what messages call the whole: the folder, or the dataset of Hugging Face.
+        folders: the class folders, or the classes of the label column.
+        classes: the classes these stand for, as far as they can be told without the source.
+        images: all of them. S is the shorter side of the first usable one, made even.
+    """
+
+    place: str
     folders: tuple[str, ...]
     classes: Classes
+    images: FileImages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,37 +62,77 @@ class GivenImages:
     """The images of a dataset in the order of their numbers.
 
     Attributes:
+        place: what messages call the whole.
         files: image i is the (i // C)-th of class i % C.
         ipc: images per class.
         codec: that of all files; None where they have several, or one that no shard stores.
         sha256: digest of the files' contents and classes.
     """
 
-    files: FolderImages
+    place: str
+    files: FileImages
     ipc: int
     codec: Codec | None
     sha256: str
 
 
-def find_given(root: Path) -> GivenFolders:
-    """Finds the class folders of a folder of distilled images.
+def find_folders(root: Path) -> FoundImages:
+    """Finds the images of a folder with a folder for each class.
 
     Labels follow the sorted names, as with torchvision's ImageFolder; folders numbered from 0 (`new000`, `10`) follow
     their numbers. `classes.txt`, as `nrrdd export` writes it, may name the classes.
 
     Raises:
-        DataError: there is no such folder, it holds no folders, or classes.txt is unusable.
+        DataError: there is no such folder, it holds no folders or no usable image, or classes.txt is unusable.
     """
+    if is_hub_folder(root):
+        raise DataError(f"{root}: is a dataset of Hugging Face, not a folder of class folders; write hf:{root}")
     folders = class_folders(root)
-    classes = read_classes(root, folders)
-    order = _order(folders)
-    return GivenFolders(
+    names = [list(image_names(root, folder)) for folder in folders]
+    images = FolderImages(
         root=root,
+        names=[name for of_class in names for name in of_class],
+        labels=np.repeat(np.arange(len(folders)), [len(of_class) for of_class in names]),
+        size=MAX_SIZE,
+    )
+    side = first_side((images.file(index) for index in range(len(images))), MAX_SIZE)
+    if side is None:
+        raise DataError(f"{root}: found no usable image in the folders {some(folders)}")
+    return _ordered(str(root), folders, read_classes(root, folders), images, side)
+
+
+def find_table(data_dir: Path, columns: Columns) -> FoundImages:
+    """Finds the images of the training split, or the only one, of a dataset of Hugging Face.
+
+    Labels follow the ClassLabel or the sorted values of the label column; classes numbered from 0 follow their numbers.
+
+    Args:
+        data_dir: a folder by `save_to_disk`, a folder of Parquet files, or a name on the hub.
+        columns: the columns of images and labels; default: those of the kinds Image and ClassLabel.
+
+    Raises:
+        ConfigError: `datasets` is not installed, or a column that is not there or must be named.
+        DataError: no such dataset, no usable image, or rows without label.
+    """
+    values, images = load_hub_images(data_dir, columns, MAX_SIZE)
+    classes = Classes(names=tuple(values), wnids=None)
+    if are_wnids(values):
+        classes = Classes(names=tuple(name_wnids(beside(data_dir), values)), wnids=tuple(values))
+    return _ordered(f"{HUB_PREFIX}{data_dir}", values, classes, images, images.size)
+
+
+def _ordered(place: str, folders: Sequence[str], classes: Classes, images: FileImages, size: int) -> FoundImages:
+    """The classes and labels in the order of the numbers that the folders' names end in, where they have such."""
+    order = _order(folders)
+    labels = np.argsort(order)[images.labels]
+    return FoundImages(
+        place=place,
         folders=tuple(folders[k] for k in order),
         classes=Classes(
             names=tuple(classes.names[k] for k in order),
             wnids=None if classes.wnids is None else tuple(classes.wnids[k] for k in order),
         ),
+        images=images.arranged(np.arange(len(labels)), labels, size),
     )
 
 
@@ -96,52 +147,56 @@ def _order(folders: Sequence[str]) -> list[int]:
 
 
 def match_classes(
-    given: GivenFolders, class_names: Sequence[str], wnids: Sequence[str] | None, *, subset: bool
-) -> tuple[list[str], bool]:
-    """The folder of each of the source's classes, and whether they were matched by position.
+    found: FoundImages, class_names: Sequence[str], wnids: Sequence[str] | None, *, subset: bool
+) -> tuple[list[int], bool]:
+    """The label that the given images have for each of the source's classes, and whether position alone says so.
 
-    Classes match by WNID, or else by name. Where no folder bears a name of the source's and there are as many of them,
-    they match by position.
+    Classes match by WNID, or else by name. Where none bears a name of the source's and there are as many of them, they
+    match by position.
 
     Args:
-        given: the folders.
+        found: the given images.
         class_names, wnids: the source's classes, in the order of their labels.
-        subset: the source's classes were chosen from more, so folders of others may be there.
+        subset: the source's classes were chosen from more, so images of others may be there.
 
     Raises:
-        DataError: a class without a folder, or a folder without a class.
+        DataError: a class without given images, or given images without a class.
     """
-    for keys, wanted in ((given.classes.wnids, wnids), (given.classes.names, class_names)):
+    for keys, wanted in ((found.classes.wnids, wnids), (found.classes.names, class_names)):
         if keys is not None and wanted is not None and not set(keys).isdisjoint(wanted):
-            return _by_name(given, keys, wanted, subset), False
-    if len(given.folders) != len(class_names):
+            return _by_name(found, keys, wanted, subset), False
+    if len(found.folders) != len(class_names):
         raise DataError(
-            f"{given.root}: found {len(given.folders)} class folders ({some(given.folders)}), none named as one of the "
-            f"source's {len(class_names)} classes ({some(wnids or class_names)}); name them alike"
+            f"{found.place}: found {len(found.folders)} classes ({some(found.folders)}), none named as one of the "
+            f"source's {len(class_names)} ({some(wnids or class_names)}); name them alike"
         )
-    return list(given.folders), True
+    return list(range(len(found.folders))), True
 
 
-def _by_name(given: GivenFolders, keys: Sequence[str], wanted: Sequence[str], subset: bool) -> list[str]:
-    for what, names in (("folders", keys), ("of the source's classes", wanted)):
+def _by_name(found: FoundImages, keys: Sequence[str], wanted: Sequence[str], subset: bool) -> list[int]:
+    for what, names in (("classes", keys), ("of the source's classes", wanted)):
         if repeated := [name for name, count in Counter(names).items() if count > 1]:
-            raise DataError(f"{given.root}: several {what} are named {some(repeated)}, expected one of each name")
-    folders = dict(zip(keys, given.folders, strict=True))
-    missing = [name for name in wanted if name not in folders]
+            raise DataError(f"{found.place}: several {what} are named {some(repeated)}, expected one of each name")
+    labels = {name: label for label, name in enumerate(keys)}
+    missing = [name for name in wanted if name not in labels]
     if missing:
-        raise DataError(f"{given.root}: found no folder for {some(missing)}; add it, or choose classes with --classes")
-    unknown = [folder for name, folder in folders.items() if name not in wanted]
+        raise DataError(
+            f"{found.place}: found no class {some(missing)}; add its images, or choose classes with --classes"
+        )
+    unknown = [found.folders[label] for name, label in labels.items() if name not in wanted]
     if unknown and not subset:
-        raise DataError(f"{given.root}: found folders of classes that the source lacks: {some(unknown)}")
-    return [folders[name] for name in wanted]
+        raise DataError(f"{found.place}: found classes that the source lacks: {some(unknown)}")
+    return [labels[name] for name in wanted]
 
 
-def list_given(root: Path, folders: Sequence[str], class_names: Sequence[str], *, ipc: int, size: int) -> GivenImages:
-    """Lists and hashes the images of the classes' folders.
+def take_given(
+    found: FoundImages, chosen: Sequence[int], class_names: Sequence[str], *, ipc: int, size: int
+) -> GivenImages:
+    """Takes the images of the dataset's classes, and hashes them.
 
     Args:
-        root: the folder around the class folders.
-        folders: the folder of each class.
+        found: the given images.
+        chosen: the label that each of the dataset's classes has there.
         class_names: their names.
         ipc: take the first so many images of each class; 0: all, and then every class must have as many.
         size: S.
@@ -149,15 +204,16 @@ def list_given(root: Path, folders: Sequence[str], class_names: Sequence[str], *
     Raises:
         DataError: a class has too few images, or the classes have different numbers of them; a file cannot be read.
     """
-    by_class = [list(image_names(root, folder)) for folder in folders]
-    taken = _images_per_class(root, [len(names) for names in by_class], class_names, ipc)
-    names = [names[place] for place in range(taken) for names in by_class]
-    files = FolderImages(root=root, names=names, labels=np.arange(len(names)) % len(folders), size=size)
-    sha256, codec = _survey(files)
-    return GivenImages(files=files, ipc=taken, codec=codec, sha256=sha256)
+    members = members_by_class(found.images.labels, len(found.folders))
+    by_class = [members[label] for label in chosen]
+    taken = _images_per_class(found.place, [len(indices) for indices in by_class], class_names, ipc)
+    indices = np.stack([indices[:taken] for indices in by_class], axis=1).ravel()
+    files = found.images.arranged(indices, np.arange(len(indices)) % len(chosen), size)
+    sha256, codec = _survey(found.place, files)
+    return GivenImages(place=found.place, files=files, ipc=taken, codec=codec, sha256=sha256)
 
 
-def _images_per_class(root: Path, counts: Sequence[int], class_names: Sequence[str], ipc: int) -> int:
+def _images_per_class(place: str, counts: Sequence[int], class_names: Sequence[str], ipc: int) -> int:
     least, most = min(counts), max(counts)
     wanted = ipc or most
     few = [f"{name} ({n})" for name, n in zip(class_names, counts, strict=True) if n < wanted]
@@ -166,22 +222,35 @@ def _images_per_class(root: Path, counts: Sequence[int], class_names: Sequence[s
     if ipc or not least:
         expected = f"{ipc} or more, as --ipc says" if ipc else "at least one"
         short = few if ipc else [f"{name} (0)" for name, n in zip(class_names, counts, strict=True) if not n]
-        raise DataError(f"{root}: too few images in {some(short)}; expected {expected}")
+        raise DataError(f"{place}: too few images in {some(short)}; expected {expected}")
     raise DataError(
-        f"{root}: the classes have {least} to {most} images, fewer than {most} in {some(few)}; a dataset has equally "
+        f"{place}: the classes have {least} to {most} images, fewer than {most} in {some(few)}; a dataset has equally "
         f"many of each: complete them, or take the first {least} of each with --ipc {least}"
     )
 
 
-def _survey(files: FolderImages) -> tuple[str, Codec | None]:
+def _survey(place: str, files: FileImages) -> tuple[str, Codec | None]:
     """SHA-256 over the files and their labels, and the codec of them all."""
     digest, codecs = hashlib.sha256(), set()
-    for name, label in zip(files.names, files.labels.tolist(), strict=True):
-        data = read_image_file(files.root / name)
+    for number, label in enumerate(files.labels.tolist()):
+        data = _file_bytes(place, files, number)
         codecs.add(_codec_of(data))
-        digest.update(os.fsencode(name) + f"\0{label}\0{len(data)}\n".encode())
+        digest.update(os.fsencode(files.name(number)) + f"\0{label}\0{len(data)}\n".encode())
         digest.update(data)
     return digest.hexdigest(), codecs.pop() if len(codecs) == 1 else None
+
+
+def _file_bytes(place: str, files: FileImages, number: int) -> bytes:
+    """One image's file; raises DataError if it cannot be read or is larger than a shard's images may be."""
+    try:
+        file = files.file(number)
+    except UnusableImage as error:
+        raise DataError(f"{place}: {files.name(number)}: {error.reason}") from error
+    if isinstance(file, Path):
+        return read_image_file(file)
+    if not 1 <= len(file) <= MAX_IMAGE_BYTES:
+        raise DataError(f"{place}: {files.name(number)}: expected an image of 1..{MAX_IMAGE_BYTES} bytes")
+    return file
 
 
 def _codec_of(data: bytes) -> Codec | None:
@@ -195,10 +264,13 @@ def stored_bytes(given: GivenImages, number: int, settings: EncodingSettings, *,
         DataError: the file is no image, damaged, or cannot be read.
     """
     if keep:
-        data = read_image_file(given.files.root / given.files.names[number])
+        data = _file_bytes(given.place, given.files, number)
         if _fits(data, settings.codec, given.files.size):
             return data
-    return encode_image(given.files.read(number), settings)
+    try:
+        return encode_image(given.files.read(number), settings)
+    except UnusableImage as error:
+        raise DataError(f"{given.place}: {given.files.name(number)}: {error.reason}") from error
 
 
 def _fits(data: bytes, codec: Codec, size: int) -> bool:

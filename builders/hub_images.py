@@ -26,6 +26,7 @@ TESTS = ("test", "validation", "valid", "val")
 """Names of splits that may test a teacher; one without labels does not count."""
 _SAVED = ("dataset_dict.json", "state.json")
 """What `save_to_disk` leaves: of several splits, or of one."""
+_TABLE_FILES = ("*.parquet", "data/*.parquet")
 _BATCH = 1000
 
 
@@ -63,6 +64,17 @@ class TableImages(PackedImages):
                 yield str(pc.struct_field(column, "path").to_pylist()).encode()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Training:
+    """The training split of a dataset, and the columns it was found in."""
+
+    splits: Any
+    image: str
+    label: str
+    classes: list[Any]
+    images: TableImages
+
+
 def load_hub(data_dir: Path, columns: Columns, size: int | None, largest: int) -> Splits:
     """Loads the training split, and a test split where there is one with labels.
 
@@ -75,6 +87,17 @@ def load_hub(data_dir: Path, columns: Columns, size: int | None, largest: int) -
         ConfigError: `datasets` is not installed, or a column that is not there or must be named.
         DataError: no such dataset, no usable image, or rows without label.
     """
+    found = _load_training(data_dir, columns, size, largest)
+    return Splits(class_names=[str(value) for value in found.classes], train=found.images, test=_test_split(found))
+
+
+def load_hub_images(data_dir: Path, columns: Columns, largest: int) -> tuple[list[str], TableImages]:
+    """The classes and images of the training split alone; arguments and errors are those of `load_hub`."""
+    found = _load_training(data_dir, columns, None, largest)
+    return [str(value) for value in found.classes], found.images
+
+
+def _load_training(data_dir: Path, columns: Columns, size: int | None, largest: int) -> _Training:
     splits = _load(data_dir)
     name = "train" if "train" in splits else next(iter(splits)) if len(splits) == 1 else None
     if name is None:
@@ -85,15 +108,18 @@ def load_hub(data_dir: Path, columns: Columns, size: int | None, largest: int) -
     labels = _labels(table, label, classes)
     if labels is None:
         raise DataError(f"{data_dir}: rows of the split {name} have no label in the column {label}")
-    train = TableImages(
+    images = TableImages(
         labels=labels, rows=np.arange(len(labels)), size=size or largest, table=_undecoded(table, image), split=name
     )
     if size is None:
-        train = _sized(data_dir, train, largest)
-    return Splits(
-        class_names=[str(value) for value in classes],
-        train=train,
-        test=_test_split(splits, name, image, label, classes, train.size),
+        images = _sized(data_dir, images, largest)
+    return _Training(splits=splits, image=image, label=label, classes=classes, images=images)
+
+
+def is_hub_folder(folder: Path) -> bool:
+    """Whether a folder holds what `save_to_disk` leaves, or Parquet files."""
+    return any((folder / name).is_file() for name in _SAVED) or any(
+        True for pattern in _TABLE_FILES for _ in folder.glob(pattern)
     )
 
 
@@ -110,7 +136,9 @@ def _load(data_dir: Path) -> Any:
             loaded = datasets.load_dataset(str(data_dir))
     except Exception as error:  # the library passes on whatever its readers of a dozen formats raise
         reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{data_dir}: datasets cannot load it ({reason}); check --data-dir") from error
+        raise DataError(
+            f"{data_dir}: datasets cannot load it ({reason}); check the folder's or dataset's name"
+        ) from error
     return loaded if isinstance(loaded, dict) else {"train": loaded}
 
 
@@ -196,12 +224,13 @@ def _sized(data_dir: Path, images: TableImages, largest: int) -> TableImages:
     return replace(images, size=side)
 
 
-def _test_split(splits: Any, train: str, image: str, label: str, classes: list[Any], size: int) -> TableImages | None:
+def _test_split(found: _Training) -> TableImages | None:
     for name in TESTS:
-        if name == train or name not in splits or not {image, label} <= set(splits[name].features):
+        table = found.splits.get(name)
+        if name == found.images.split or table is None or not {found.image, found.label} <= set(table.features):
             continue
-        labels = _labels(splits[name], label, classes)
+        labels = _labels(table, found.label, found.classes)
         if labels is not None:
-            table = _undecoded(splits[name], image)
-            return TableImages(labels=labels, rows=np.arange(len(labels)), size=size, table=table, split=name)
+            size, rows = found.images.size, np.arange(len(labels))
+            return TableImages(labels=labels, rows=rows, size=size, table=_undecoded(table, found.image), split=name)
     return None

@@ -62,8 +62,12 @@ class FolderImages:
     def name(self, index: int) -> str:
         return self.names[index]
 
+    def file(self, index: int) -> Path:
+        """Where an image lies."""
+        return self.root / self.names[index]
+
     def read(self, index: int) -> NDArray[np.uint8]:
-        return _channels_first(resize_to(read_rgb(self.root / self.names[index]), self.size))
+        return _channels_first(resize_to(read_rgb(self.file(index)), self.size))
 
     def fingerprint(self) -> str:
         """Covers names, labels, file sizes and S: quick for many files, blind to edits of equal length."""
@@ -71,6 +75,10 @@ class FolderImages:
             os.fsencode(f"{name}\0{label}\0{_file_size(self.root / name)}\0{self.size}\n")
             for name, label in zip(self.names, self.labels, strict=True)
         )
+
+    def arranged(self, indices: NDArray[np.int64], labels: NDArray[np.int64], size: int) -> FolderImages:
+        """The images at `indices`, in that order, labelled anew and read at another size."""
+        return replace(self, names=[self.names[index] for index in indices], labels=labels, size=size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +142,12 @@ class PackedImages(ABC):
     def name(self, index: int) -> str:
         return self.row_name(int(self.rows[index]))
 
+    def file(self, index: int) -> Path | bytes:
+        """An image's file, or where it lies; raises UnusableImage or DataError."""
+        return self.encoded(int(self.rows[index]))
+
     def read(self, index: int) -> NDArray[np.uint8]:
-        return _channels_first(resize_to(read_rgb(self.encoded(int(self.rows[index]))), self.size))
+        return _channels_first(resize_to(read_rgb(self.file(index)), self.size))
 
     def fingerprint(self) -> str:
         """Covers rows, labels, S and what the subclass knows without reading the images."""
@@ -147,6 +159,10 @@ class PackedImages(ABC):
         kept = np.isin(self.labels, classes)
         labels = np.searchsorted(classes, self.labels[kept]).astype(np.int64)
         return replace(self, rows=self.rows[kept], labels=labels)
+
+    def arranged(self: Packed, indices: NDArray[np.int64], labels: NDArray[np.int64], size: int) -> Packed:
+        """The images at `indices`, in that order, labelled anew and read at another size."""
+        return replace(self, rows=self.rows[indices], labels=labels, size=size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +187,20 @@ class DivisibleImages(ImageSet, Protocol):
         """The images of these classes only, relabelled 0, 1, …; `classes` ascends."""
 
 
+class FileImages(ImageSet, Protocol):
+    """An image set whose images are files, on a disk or within larger ones."""
+
+    @property
+    def size(self) -> int:
+        """S."""
+
+    def file(self, index: int) -> Path | bytes:
+        """An image's file, or where it lies; raises UnusableImage or DataError."""
+
+    def arranged(self, indices: NDArray[np.int64], labels: NDArray[np.int64], size: int) -> FileImages:
+        """The images at `indices`, in that order, labelled anew and read at another size."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Splits:
     """Both splits of a dataset and its class names."""
@@ -178,6 +208,12 @@ class Splits:
     class_names: list[str]
     train: DivisibleImages
     test: DivisibleImages | None
+
+
+def members_by_class(labels: NDArray[np.int64], classes: int) -> list[NDArray[np.int64]]:
+    """Indices of the images of every class, ascending."""
+    counts = np.bincount(labels, minlength=classes)
+    return np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
 
 
 def first_side(encoded: Iterable[Path | bytes], largest: int) -> int | None:

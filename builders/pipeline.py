@@ -22,7 +22,7 @@ from builders.config import BuildConfig
 from builders.discovery import class_groups, discover_groups
 from builders.encoding import encode_image
 from builders.given_images import GivenImages, stored_bytes
-from builders.image_sets import ImageSet
+from builders.image_sets import ImageSet, members_by_class
 from builders.job import (
     BATCH_ARRAY,
     BATCH_LOSSES,
@@ -126,7 +126,7 @@ def _say_mixed_up(job: Job, given: GivenImages) -> None:
     mixed = [f"{names[k]} (shows {names[j]})" for k, j in mixed_up_classes(*seen).items()]
     if mixed:
         job.ranks.say(
-            f"to the teacher these classes of the given images seem mixed up, check their folders: {some(mixed)}"
+            f"to the teacher these classes of the given images seem mixed up, check their order: {some(mixed)}"
         )
 
 
@@ -137,7 +137,7 @@ def scan(job: Job) -> list[NDArray[np.int64]]:
         DataError: a class has too few; all such classes are named, with their counts.
     """
     needed, threads = job.settings.discovery.images_needed, reading_threads(job.config.threads)
-    members = _members(job)
+    members = members_by_class(job.source.train.labels, job.num_classes)
     for label in _units(job, job.scan, CLASS_JSON, range(job.num_classes), "scan", "class"):
         order = draws.permutation(job.config.seed, "discovery-order", label, count=len(members[label]))
         found = usable_images(job.source.train, members[label][order], needed=needed, threads=threads)
@@ -152,13 +152,6 @@ def scan(job: Job) -> list[NDArray[np.int64]]:
         write_build_log(job, bad)
     refuse_small_classes(job, [len(indices) for indices in usable])
     return usable
-
-
-def _members(job: Job) -> list[NDArray[np.int64]]:
-    """Training images of every class."""
-    labels = job.source.train.labels
-    counts = np.bincount(labels, minlength=job.num_classes)
-    return np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
 
 
 def refuse_small_classes(job: Job, counts: Sequence[int]) -> None:

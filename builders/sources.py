@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from builders.array_sources import load_cifar, load_digits
-from builders.class_names import are_wnids, check_wnids, name_wnids, select_classes, some
+from builders.class_names import are_wnids, beside, check_wnids, name_wnids, select_classes, some
 from builders.conventions import DATASETS, Colour, default_model
 from builders.folders import class_folders, image_names, list_classes, list_test
 from builders.hub_images import load_hub
@@ -17,6 +17,9 @@ from nrrdd_format.errors import ConfigError, DataError
 
 LARGEST_DEFAULT = 224
 """Side beyond which images of no size of their own are not read unless `--size` says so."""
+
+WITH_COLUMNS = ("hf", "webdataset")
+"""Datasets that take `--image-column` and `--label-column`."""
 
 OPEN_SIZES = tuple(name for name, dataset in DATASETS.items() if dataset.size is None)
 """Datasets that take `--size`: any images may be in them."""
@@ -126,7 +129,7 @@ def _packed_source(name: str, data_dir: Path, splits: Splits, classes: Sequence[
     """A source whose images lie in large files; classes that are named by WNIDs get their words."""
     wnids = splits.class_names if are_wnids(splits.class_names) else None
     if wnids is not None:
-        splits = replace(splits, class_names=name_wnids(data_dir if data_dir.is_dir() else data_dir.parent, wnids))
+        splits = replace(splits, class_names=name_wnids(beside(data_dir), wnids))
     return _without_gaps(_splits_source(name, splits, classes, wnids))
 
 
@@ -273,7 +276,7 @@ def natural_side(train: Path, folders: Sequence[str], largest: int) -> int:
 def _check_columns(name: str, columns: Columns) -> None:
     """Refuses options that this dataset does not take."""
     for option, column in (("--image-column", columns.image), ("--label-column", columns.label)):
-        if column is not None and name not in ("hf", "webdataset"):
+        if column is not None and name not in WITH_COLUMNS:
             raise ConfigError(f"{option}: {name} has no columns; leave the option out, or use --dataset hf")
 
 

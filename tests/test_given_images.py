@@ -22,7 +22,7 @@ from PIL import Image
 
 from builders.cli import main, parse
 from builders.config import BuildConfig, EncodingSettings
-from builders.given_images import find_given, list_given, match_classes, stored_bytes
+from builders.given_images import GivenImages, find_folders, match_classes, stored_bytes, take_given
 from builders.inputs import load_inputs
 from builders.models import create_model
 from builders.pipeline import build
@@ -69,6 +69,14 @@ def options(made: Path, out: Path, *more: str) -> list[str]:
         f"--mix-group 2 --shard-images 3 --threads 1 --device cpu --teacher-checkpoint {made}/teacher.pt "
         f"--min-teacher-top1 0"
     ).split() + list(more)
+
+
+def take(root: Path, ipc: int = 0) -> GivenImages:
+    return take_given(find_folders(root), range(len(CLASSES)), CLASSES, ipc=ipc, size=SIZE)
+
+
+def names(given: GivenImages) -> list[str]:
+    return [given.files.name(number) for number in range(len(given.files))]
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -204,7 +212,7 @@ def test_a_file_that_readers_may_show_differently_does_not_keep_its_bytes(
 ) -> None:
     syn = write_images(tmp_path / "syn", ending="png")
     write(syn / "ape" / "0.png")
-    given = list_given(syn, CLASSES, CLASSES, ipc=0, size=SIZE)
+    given = take(syn)
     settings = EncodingSettings(codec="png", quality=None, shard_images=10)
     assert stored_bytes(given, 3, settings, keep=True) == (syn / "ape" / "1.png").read_bytes()
     assert stored_bytes(given, 0, settings, keep=True) != (syn / "ape" / "0.png").read_bytes()
@@ -304,7 +312,7 @@ def test_swapped_folders_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     model.load_state_dict(weights)
     save_checkpoint(tmp_path / "teacher.pt", model, "conv1-w8", ("green", "red"))
     build(config(tmp_path / "out", from_images=tmp_path / "syn", teacher_checkpoint=tmp_path / "teacher.pt"))
-    assert "seem mixed up, check their folders: green (shows red), red (shows green)" in capsys.readouterr().err
+    assert "seem mixed up, check their order: green (shows red), red (shows green)" in capsys.readouterr().err
 
 
 def test_a_test_split_alone_names_the_classes_and_tests_the_teacher(made: Path, tmp_path: Path) -> None:
@@ -321,32 +329,31 @@ def test_a_test_split_alone_names_the_classes_and_tests_the_teacher(made: Path, 
 def test_numbered_folders_follow_their_numbers(tmp_path: Path) -> None:
     """Sorted as text, class 10 would come before class 2."""
     names = tuple(f"{k}" for k in range(11))
-    given = find_given(write_images(tmp_path / "syn", names, count=1))
-    assert given.folders == names
-    folders, by_position = match_classes(given, [f"class {k:02d}" for k in range(11)], None, subset=False)
-    assert (folders, by_position) == (list(names), True)
+    found = find_folders(write_images(tmp_path / "syn", names, count=1))
+    assert found.folders == names
+    assert [found.images.name(index) for index in np.argsort(found.images.labels)] == [f"{k}/0.jpg" for k in range(11)]
+    assert match_classes(found, [f"class {k:02d}" for k in range(11)], None, subset=False) == (list(range(11)), True)
 
 
 def test_folders_numbered_with_gaps_stay_sorted(tmp_path: Path) -> None:
-    assert find_given(write_images(tmp_path / "syn", ("1", "10", "2"), count=1)).folders == ("1", "10", "2")
+    assert find_folders(write_images(tmp_path / "syn", ("1", "10", "2"), count=1)).folders == ("1", "10", "2")
 
 
 def test_classes_match_by_name_before_position(tmp_path: Path) -> None:
-    given = find_given(write_images(tmp_path / "syn", ("0", "1", "2"), count=1))
-    assert match_classes(given, ["2", "1", "0"], None, subset=False) == (["2", "1", "0"], False)
+    found = find_folders(write_images(tmp_path / "syn", ("0", "1", "2"), count=1))
+    assert match_classes(found, ["2", "1", "0"], None, subset=False) == ([2, 1, 0], False)
 
 
 def test_classes_txt_names_the_folders(tmp_path: Path) -> None:
     syn = write_images(tmp_path / "syn", ("0_cat", "1_ape", "2_bee"), count=1)
     (syn / "classes.txt").write_text("0_cat\tcat\n1_ape\tape\n2_bee\tbee\n")
-    folders, by_position = match_classes(find_given(syn), CLASSES, None, subset=False)
-    assert (folders, by_position) == (["1_ape", "2_bee", "0_cat"], False)
+    assert match_classes(find_folders(syn), CLASSES, None, subset=False) == ([1, 2, 0], False)
 
 
 @pytest.mark.parametrize(
     ("folders", "classes", "message"),
     [
-        (("0\tcrane", "1\tcrane", "2\tdog"), ["crane", "ape", "dog"], "several folders are named crane"),
+        (("0\tcrane", "1\tcrane", "2\tdog"), ["crane", "ape", "dog"], "several classes are named crane"),
         (
             ("0\tcrane", "1\tape", "2\tdog"),
             ["crane", "crane", "dog"],
@@ -360,42 +367,42 @@ def test_names_that_cannot_be_told_apart_are_refused(
     syn = write_images(tmp_path / "syn", ("0", "1", "2"), count=1)
     (syn / "classes.txt").write_text("\n".join(folders) + "\n")
     with pytest.raises(DataError, match=message):
-        match_classes(find_given(syn), classes, None, subset=False)
+        match_classes(find_folders(syn), classes, None, subset=False)
 
 
 def test_wnids_match_whatever_their_words(tmp_path: Path) -> None:
     wnids = ("n01440764", "n02102040")
-    given = find_given(write_images(tmp_path / "syn", wnids, count=1))
-    assert match_classes(given, ["a fish", "a dog"], wnids, subset=False) == (list(wnids), False)
+    found = find_folders(write_images(tmp_path / "syn", wnids, count=1))
+    assert match_classes(found, ["a fish", "a dog"], wnids[::-1], subset=False) == ([1, 0], False)
 
 
 def test_a_subset_of_the_classes(made: Path, tmp_path: Path) -> None:
     changes = {"from_images": made / "syn", "data_dir": made / "real", "classes": ("cat", "ape")}
     inputs = load_inputs(config(tmp_path / "out", **changes))
     assert inputs.given is not None
-    assert inputs.given.files.names == ["ape/0.jpg", "cat/0.jpg", "ape/1.jpg", "cat/1.jpg"]
+    assert names(inputs.given) == ["ape/0.jpg", "cat/0.jpg", "ape/1.jpg", "cat/1.jpg"]
     assert inputs.source.class_names == ["ape", "cat"]
 
 
 def test_classes_without_folder_and_folders_without_class(made: Path, tmp_path: Path) -> None:
     syn = write_images(tmp_path / "syn", ("ape", "bee", "dog"))
     changes: dict[str, Any] = {"from_images": syn, "data_dir": made / "real"}
-    with pytest.raises(DataError, match="syn: found no folder for cat"):
+    with pytest.raises(DataError, match="syn: found no class cat"):
         load_inputs(config(tmp_path / "out", **changes))
     (syn / "dog").rename(syn / "cat")
     write_images(syn, ("elk",))
-    with pytest.raises(DataError, match="folders of classes that the source lacks: elk"):
+    with pytest.raises(DataError, match="found classes that the source lacks: elk"):
         load_inputs(config(tmp_path / "out", **changes))
 
 
 def test_other_names_and_another_number(made: Path, tmp_path: Path) -> None:
     syn = write_images(tmp_path / "syn", ("x", "y"))
-    with pytest.raises(DataError, match=r"found 2 class folders \(x, y\), none named as one of the source's 3 classes"):
+    with pytest.raises(DataError, match=r"found 2 classes \(x, y\), none named as one of the source's 3"):
         load_inputs(config(tmp_path / "out", from_images=syn, data_dir=made / "real"))
 
 
 def test_a_dataset_of_known_classes_must_have_them_all(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="found 3/10 class folders of cifar10"):
+    with pytest.raises(DataError, match="found 3/10 classes of cifar10"):
         load_inputs(config(tmp_path / "out", dataset="cifar10", from_images=made / "syn"))
 
 
@@ -406,20 +413,23 @@ def test_unequal_classes_are_named_with_their_counts(made: Path, tmp_path: Path)
     syn = write_images(tmp_path / "syn")
     (syn / "bee" / "1.jpg").unlink()
     with pytest.raises(DataError, match=r"have 1 to 2 images, fewer than 2 in bee \(1\).*--ipc 1") as caught:
-        list_given(syn, CLASSES, CLASSES, ipc=0, size=SIZE)
+        take(syn)
     assert "\n" not in str(caught.value)
-    files = list_given(syn, CLASSES, CLASSES, ipc=1, size=SIZE).files
-    assert files.names == ["ape/0.jpg", "bee/0.jpg", "cat/0.jpg"]
+    assert names(take(syn, 1)) == ["ape/0.jpg", "bee/0.jpg", "cat/0.jpg"]
 
 
 def test_too_few_for_ipc_and_none_at_all(made: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"too few images in ape \(2\), bee \(2\), cat \(2\); expected 3 or more"):
-        list_given(made / "syn", CLASSES, CLASSES, ipc=3, size=SIZE)
+        take(made / "syn", 3)
     syn = write_images(tmp_path / "syn")
     for path in (syn / "cat").iterdir():
         path.unlink()
     with pytest.raises(DataError, match=r"too few images in cat \(0\); expected at least one"):
-        list_given(syn, CLASSES, CLASSES, ipc=0, size=SIZE)
+        take(syn)
+    for path in syn.rglob("*.jpg"):
+        path.write_text("no image")
+    with pytest.raises(DataError, match=r"syn: found no usable image in the folders ape, bee, cat"):
+        find_folders(syn)
 
 
 def test_a_damaged_image_is_named(made: Path, tmp_path: Path) -> None:
@@ -442,7 +452,8 @@ def test_ipc_or_given_images_are_required(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         parse(["--dataset", "digits"])
     assert "--ipc (or --from-images)" in capsys.readouterr().err
-    assert parse(["--dataset", "digits", "--from-images", "syn"]).out == Path("digits-syn")
+    for images in ("syn", "hf:syn", "hf:some/syn"):
+        assert parse(["--dataset", "digits", "--from-images", images]).out == Path("digits-syn")
 
 
 @pytest.mark.parametrize(

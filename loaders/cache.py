@@ -20,17 +20,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from loaders.remote import RemoteFolder
 from nrrdd_format.errors import NrrddError, OutputError
+from nrrdd_format.files import locked
+from nrrdd_format.remote import RemoteFolder
 from nrrdd_format.shards import ShardEntry
 
 _POLL = 0.05  # seconds between looks at what another process fetches
 _PATIENCE = 10  # timeouts of the remote folder that another process may show no progress
-
-
-def default_cache_dir() -> Path:
-    """`nrrdd` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nrrdd"
 
 
 class ShardCache:
@@ -115,7 +111,7 @@ class ShardCache:
         try:
             self._reserve(entry)
             self._remote.retried(entry.name, lambda: self._write(entry, part))
-            with self._root_lock():
+            with locked(self._root / "lock"):
                 os.replace(part, self.path(entry))
         finally:
             part.unlink(missing_ok=True)
@@ -131,7 +127,7 @@ class ShardCache:
         """Makes the file to be written, at its full size so that others count it, after making room for it."""
         part = self._part(entry)
         part.unlink(missing_ok=True)
-        with self._root_lock():
+        with locked(self._root / "lock"):
             if self._limit is not None:
                 self._evict(self._limit, entry)
             with open(part, "wb") as file:
@@ -177,15 +173,6 @@ class ShardCache:
     def _open_lock(self, shard: Path) -> int:
         shard.parent.mkdir(parents=True, exist_ok=True)
         return os.open(f"{shard}.lock", os.O_RDWR | os.O_CREAT, 0o644)
-
-    @contextmanager
-    def _root_lock(self) -> Iterator[None]:
-        lock = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(lock)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_held": {}}

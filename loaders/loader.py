@@ -19,15 +19,16 @@ from torch.utils.data import DataLoader, Sampler
 
 from loaders.bad_shards import find_bad_shards
 from loaders.batch import DBRBatch, PlannedBatch
-from loaders.cache import ShardCache, default_cache_dir
+from loaders.cache import ShardCache
 from loaders.delivery import Parcel, Slots, keep_freed_memory
 from loaders.order import EpochSteps, ShardPairs, epoch_steps, rank_slice
 from loaders.ranks import Agreement, distributed_ranks
 from loaders.reading import Assignment, BatchReader, Reading
-from loaders.remote import RemoteFolder, is_url, local_path
 from nrrdd_format.dataset import DistilledDataset, open_dataset
 from nrrdd_format.errors import ConfigError, NrrddError
+from nrrdd_format.files import default_cache_dir
 from nrrdd_format.manifest import TeacherInfo
+from nrrdd_format.remote import RemoteFolder, is_url, local_path
 
 STATE_FORMAT = "nrrdd-loader"
 STATE_VERSION = 2

@@ -1,10 +1,11 @@
-"""Files that appear under their final name only when they are whole."""
+"""Files that appear under their final name only when they are whole, and locks between processes."""
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,7 +34,34 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             f"{path}: cannot write ({error.strerror or error}); make room or choose a writable folder"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where the folder is none, nothing is there to be removed
+            temporary.unlink()
+
+
+def default_cache_dir() -> Path:
+    """The folder for what can be fetched or made again: `nrrdd` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nrrdd"
+
+
+@contextmanager
+def locked(path: Path, on_wait: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Holds the lock of a file, which is made where it is missing, and stays; `on_wait` is called before waiting.
+
+    The lock is the operating system's (flock): it ends with the process that holds it, however that ends.
+
+    Raises:
+        OSError: the file cannot be made, or its file system has no locks.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:

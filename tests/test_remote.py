@@ -11,119 +11,42 @@ import pickle
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
 import pytest
+from faulty_server import (
+    DatasetServer,
+    Fault,
+    Handler,
+    alter,
+    cut,
+    hang_up,
+    lengthen,
+    say_nothing,
+    send,
+    serving,
+    stall,
+    status,
+    truncate,
+)
 from make_dataset import batch_columns, make_tiny_dataset
 
-from loaders import DBRLoader, cache, order, remote
+from loaders import DBRLoader, cache, order
 from loaders.cache import ShardCache
-from loaders.remote import RefusedError, RemoteFolder, is_url, local_path
+from nrrdd_format import remote
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.errors import ConfigError, FormatError, OutputError
+from nrrdd_format.files import default_cache_dir
 from nrrdd_format.manifest import Manifest
+from nrrdd_format.remote import RefusedError, RemoteFolder, is_url, local_path
 from nrrdd_format.shards import ShardEntry
 
 SHARDS = 4
 PAIRS = 24
 FORK = multiprocessing.get_context("fork")  # a started process would spend seconds on importing torch
-Fault = Callable[["Handler", bytes], None]
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Serves a folder; the first requests for a file go wrong as the server's `faults` say."""
-
-    server: DatasetServer
-
-    def do_GET(self) -> None:
-        path, _, query = self.path.partition("?")
-        name = path.rpartition("/")[2]
-        self.server.requests.append((name, query))
-        data = (self.server.folder / name).read_bytes()
-        waiting = self.server.faults.get(name, [])
-        (waiting.pop(0) if waiting else send)(self, data)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Nothing on the terminal."""
-
-
-def send(handler: Handler, data: bytes) -> None:
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(len(data)))
-    handler.end_headers()
-    handler.wfile.write(data)
-
-
-def stall(handler: Handler, data: bytes) -> None:
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(len(data)))
-    handler.end_headers()
-    handler.wfile.write(data[: len(data) // 2])
-    handler.server.stopped.wait(60)
-
-
-def say_nothing(handler: Handler, data: bytes) -> None:
-    handler.server.stopped.wait(60)
-
-
-def cut(handler: Handler, data: bytes) -> None:
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(len(data)))
-    handler.end_headers()
-    handler.wfile.write(data[: len(data) // 2])
-
-
-def hang_up(handler: Handler, data: bytes) -> None:
-    handler.connection.close()
-
-
-def status(code: int) -> Fault:
-    return lambda handler, data: handler.send_error(code)
-
-
-def truncate(handler: Handler, data: bytes) -> None:
-    send(handler, data[:-100])
-
-
-def lengthen(handler: Handler, data: bytes) -> None:
-    send(handler, data + bytes(100_000))
-
-
-def alter(handler: Handler, data: bytes) -> None:
-    changed = bytearray(data)
-    changed[len(data) // 2] ^= 1
-    send(handler, bytes(changed))
-
-
-class DatasetServer(ThreadingHTTPServer):
-    """An HTTP server of one folder, with the requests it has had: (file, query)."""
-
-    daemon_threads = True
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder = folder
-        self.requests: list[tuple[str, str]] = []
-        self.faults: dict[str, list[Fault]] = {}
-        self.stopped = Event()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/data"
-
-    @property
-    def fetched(self) -> Counter[str]:
-        """How often each file was asked for."""
-        return Counter(name for name, _ in self.requests)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients may hang up."""
 
 
 @pytest.fixture(scope="module")
@@ -133,14 +56,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(dataset: Path) -> Iterator[DatasetServer]:
-    server = DatasetServer(dataset)
-    thread = Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield server
-    server.stopped.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(dataset) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
@@ -401,7 +318,7 @@ def test_the_cache_lies_in_the_users_cache_folder(
     assert (tmp_path / "xdg" / "nrrdd" / identity / "shard-00000.tar").is_file()
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache.default_cache_dir() == tmp_path / ".cache" / "nrrdd"
+    assert default_cache_dir() == tmp_path / ".cache" / "nrrdd"
 
 
 def test_bad_shards_of_a_url_are_skipped_on_demand(

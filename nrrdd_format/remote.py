@@ -1,4 +1,4 @@
-"""A dataset behind a URL, read through fsspec: bounded, retried, and checked against what the manifest says."""
+"""Files behind a URL, read through fsspec: bounded and retried; those of a dataset are checked against its manifest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nrrdd_format.shards import ShardEntry
 
 EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gs", "hf": "hf"}
 """Scheme of a URL -> the extra that installs what reads it."""
-_SCHEME = re.compile(r"([^/]*)://|(pipe):")
+_SCHEME = re.compile(r"(pipe):|([^/]*)://")
 _CHUNK = 2**20
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between attempts; each wait is twice the one before
 _REFUSALS = (401, 403, 404, 410)  # HTTP statuses that another attempt does not change
@@ -32,38 +32,48 @@ class RefusedError(FormatError):
     """The server will not give this file: another attempt is of no use."""
 
 
-def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether the dataset lies behind a URL that fsspec reads; False: in a local folder.
+def place_of(text: str) -> Path | str:
+    """A place as a user names it: URLs stay text, since a Path would drop one of two slashes."""
+    return Path(text) if _SCHEME.match(text) is None else text
 
-    Raises ConfigError for URLs of other schemes.
+
+def is_url(path: str | os.PathLike[str], option: str = "path") -> bool:
+    """Whether a place lies behind a URL that fsspec reads; False: in a local folder.
+
+    Raises ConfigError, naming `option`, for URLs of other schemes.
     """
     match = _SCHEME.match(os.fspath(path))
-    if match is None or match[1] == "file":
+    if match is None or match[2] == "file":
         return False
     scheme = (match[1] or match[2] or "").lower()
     if scheme not in EXTRAS:
         known = ", ".join([*EXTRAS, "file"])
-        raise ConfigError(f"path: URLs that begin with {scheme!r} are not read; expected a folder, or one of {known}")
+        raise ConfigError(
+            f"{option}: URLs that begin with {scheme!r} are not read; expected a folder, or one of {known}"
+        )
     return True
 
 
-def local_path(path: str | os.PathLike[str]) -> Path:
-    """The folder that a plain path or a file:// URL means. Raises ConfigError where it is another machine's."""
+def local_path(path: str | os.PathLike[str], option: str = "path") -> Path:
+    """The folder that a plain path or a file:// URL means.
+
+    Raises ConfigError, naming `option`, where it is another machine's.
+    """
     text = os.fspath(path)
     if not text.startswith("file://"):
         return Path(text)
     parts = urlsplit(text)
     if parts.netloc not in ("", "localhost"):
-        raise ConfigError(f"path: {text} names the machine {parts.netloc!r}, expected file:///folder")
+        raise ConfigError(f"{option}: {text} names the machine {parts.netloc!r}, expected file:///folder")
     return Path(url2pathname(parts.path))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteFolder:
-    """The folder of a dataset behind a URL. Can be pickled, and used after a fork."""
+    """A folder of files behind a URL. Can be pickled, and used after a fork."""
 
     url: str
-    """Of the folder or of its `dataset.json`; a query (an access token) is kept, and never shown."""
+    """Of the folder, or of the `dataset.json` in it; a query (an access token) is kept, and never shown."""
     timeout: float = 30.0
     """Seconds without a byte before an attempt has failed (http, https and s3; others: as their package does)."""
     attempts: int = 5
@@ -79,7 +89,7 @@ class RemoteFolder:
 
     def manifest(self) -> Manifest:
         """Fetches and reads `dataset.json`. Raises FormatError naming its URL."""
-        pieces = self.retried(MANIFEST_NAME, lambda: list(self._pieces(MANIFEST_NAME, MAX_MANIFEST_BYTES)))
+        pieces = self.retried(MANIFEST_NAME, lambda: list(self.pieces(MANIFEST_NAME, MAX_MANIFEST_BYTES)))
         try:
             return Manifest.decode(b"".join(pieces))
         except FormatError as error:
@@ -91,7 +101,7 @@ class RemoteFolder:
         Raises FormatError: they cannot be read, or (after the last) are not those that the entry describes.
         """
         digest, size = hashlib.sha256(), 0
-        for piece in self._pieces(entry.name, entry.bytes):
+        for piece in self.pieces(entry.name, entry.bytes):
             size += len(piece)
             if size > entry.bytes:
                 raise FormatError(f"more than {entry.bytes} bytes came, expected {entry.bytes} (manifest)")
@@ -118,7 +128,18 @@ class RemoteFolder:
             time.sleep(min(_FIRST_WAIT * 2 ** (attempt - 1), _LONGEST_WAIT))
         raise AssertionError("no attempt was made")
 
-    def _pieces(self, name: str, most: int) -> Iterator[bytes]:
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None: the server does not say. Raises FormatError without a location."""
+        parts, filesystem = self._parts(name), self._filesystem()
+        try:
+            found = filesystem.info(parts.geturl()).get("size")
+        except Exception as error:  # every backend has exceptions of its own
+            cause, is_http = error.__cause__, EXTRAS[parts.scheme] == "http"
+            # fsspec's http calls every failure a missing file.
+            raise self._fault(cause if is_http and isinstance(cause, Exception) else error) from error
+        return found if isinstance(found, int) else None
+
+    def pieces(self, name: str, most: int) -> Iterator[bytes]:
         """The bytes of a file, cut off one byte after `most`. Raises FormatError without a location."""
         left = most + 1
         parts, filesystem = self._parts(name), self._filesystem()
@@ -130,9 +151,7 @@ class RemoteFolder:
                     left -= len(piece)
                     yield piece
         except Exception as error:  # every backend has exceptions of its own
-            refused = isinstance(error, FileNotFoundError | PermissionError)
-            refused |= getattr(error, "status", None) in _REFUSALS
-            raise (RefusedError if refused else FormatError)(self._reason(error)) from error
+            raise self._fault(error) from error
 
     def _filesystem(self) -> Any:
         """The fsspec filesystem of this process: none works on after a fork."""
@@ -172,6 +191,12 @@ class RemoteFolder:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_filesystems": {}}
+
+    def _fault(self, error: Exception) -> FormatError:
+        """A backend's exception as one of ours, without a location."""
+        refused = isinstance(error, FileNotFoundError | PermissionError)
+        refused |= getattr(error, "status", None) in _REFUSALS
+        return (RefusedError if refused else FormatError)(self._reason(error))
 
     def _reason(self, error: Exception) -> str:
         """What a backend's exception says, in one line, without the secrets of the URL."""

@@ -91,6 +91,7 @@ def run_teacher(options: argparse.Namespace) -> int:
         classes=options.classes,
         size=options.size,
         columns=Columns(image=options.image_column, label=options.label_column),
+        cache_dir=options.cache_dir,
     )
     device = pick_device(options.device)
     config = TeacherConfig(
@@ -124,6 +125,7 @@ def run_student(options: argparse.Namespace) -> int:
         data_dir=options.data_dir,
         test_dir=options.test_dir,
         columns=Columns(image=options.image_column, label=options.label_column),
+        cache_dir=options.cache_dir,
     )
     config = StudentConfig(
         labels=options.labels,

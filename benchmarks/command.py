@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nrrdd_format.errors import ConfigError, NrrddError
+from nrrdd_format.remote import place_of
 
 
 def run(command: Callable[[], int]) -> int:
@@ -37,15 +38,20 @@ def add_source(parser: argparse.ArgumentParser, *, required: bool = False, defau
         default=default,
         help=f"digits, cifar10, cifar100, imagenette, tiny-imagenet, imagenet, imagefolder, hf or webdataset{hint}",
     )
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the source images lie")
-    parser.add_argument("--test-dir", type=Path, metavar="DIR", help="where the test images lie, if not beside them")
+    parser.add_argument("--data-dir", type=place_of, metavar="DIR", help="where the source images lie")
+    parser.add_argument(
+        "--test-dir", type=place_of, metavar="DIR", help="where the test images lie, if not beside them"
+    )
 
 
 def add_columns(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that name where a source of Hugging Face or a WebDataset keeps images and labels."""
+    """Adds the options of sources in large files: where these keep images and labels, and where they are kept."""
     parser.add_argument("--image-column", metavar="NAME", help="hf: the column of images; webdataset: their ending")
     parser.add_argument(
         "--label-column", metavar="NAME", help="hf: the column of labels; webdataset: their ending or key in .json"
+    )
+    parser.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="webdataset: keeps shards of URLs ($XDG_CACHE_HOME/nrrdd)"
     )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from builders.config import pair_teachers
 from builders.ensemble import JOINT, load_teachers
-from builders.image_sets import PLAIN, Columns
+from builders.image_sets import PLAIN, Columns, Place
 from builders.models import create_model
 from builders.progress import Progress
 from builders.sources import OPEN_SIZES, Source, load_source
@@ -154,9 +154,10 @@ def load_matching_source(
     manifest: Manifest,
     *,
     name: str | None,
-    data_dir: Path | None,
-    test_dir: Path | None,
+    data_dir: Place | None,
+    test_dir: Place | None,
     columns: Columns = PLAIN,
+    cache_dir: Path | None = None,
 ) -> Source:
     """Loads the source that a dataset was built from; where it has more classes, the dataset's only.
 
@@ -165,6 +166,7 @@ def load_matching_source(
         name: the source's name; None takes the manifest's.
         data_dir, test_dir: where its images lie.
         columns: where they stand in a table.
+        cache_dir: keeps a WebDataset's shards behind URLs.
 
     Raises:
         ConfigError: an unknown name, or an option that this source does not take.
@@ -179,6 +181,7 @@ def load_matching_source(
         test_dir=test_dir,
         size=size if chosen in OPEN_SIZES else None,
         columns=columns,
+        cache_dir=cache_dir,
     )
     source = load()
     if set(classes) < set(source.class_names):

@@ -12,6 +12,7 @@ from typing import get_args
 from builders import config as options
 from builders.config import BuildConfig, pair_teachers
 from nrrdd_format.errors import NrrddError
+from nrrdd_format.remote import place_of
 
 EPILOG = """\
 examples:
@@ -111,9 +112,10 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--out", type=Path, metavar="DIR", help="the dataset folder to write (NAME-ipcN)")
     group.add_argument(
         "--data-dir",
-        type=Path,
+        type=place_of,
         metavar="DIR",
-        help="where the source images lie; hf: a name on the hub, too; webdataset: path/{000..099}.tar, too",
+        help="where the source images lie; hf: a name on the hub, too; webdataset: path/{000..099}.tar, too, of a URL "
+        "as well (http, https, s3, gs, hf), whose shards are fetched once into --cache-dir",
     )
     group.add_argument(
         "--from-images",
@@ -123,7 +125,7 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         "or hf:DIR or hf:NAME, a dataset of Hugging Face; --ipc then takes the first N of each class",
     )
     group.add_argument("--images-method", metavar="TEXT", help="what made those images, for the dataset's manifest")
-    group.add_argument("--test-dir", type=Path, metavar="DIR", help="held-out images for the teacher's check")
+    group.add_argument("--test-dir", type=place_of, metavar="DIR", help="held-out images for the teacher's check")
     group.add_argument("--classes", nargs="+", metavar="CLASS", help="only these classes (names or WNIDs)")
     group.add_argument("--size", type=int, metavar="PX", help="side of the images; imagefolder, hf and webdataset only")
     group.add_argument(
@@ -135,6 +137,12 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         "--label-column",
         metavar="NAME",
         help="hf (and hf: given images): the column of labels; webdataset: their ending or key in .json",
+    )
+    group.add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="webdataset: keeps shards of URLs, and where their images lie ($XDG_CACHE_HOME/nrrdd)",
     )
     group.add_argument("--source-license", metavar="TEXT", help="licence of the source images, for the dataset card")
 

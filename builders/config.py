@@ -13,6 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
+from builders.image_sets import Place
 from builders.sources import Source
 from nrrdd_format.errors import ConfigError
 from nrrdd_format.limits import (
@@ -197,14 +198,16 @@ class BuildConfig:
     class, or `hf:` and the folder or name of a dataset of Hugging Face."""
     images_method: str | None = None
     """What made them, for the manifest."""
-    data_dir: Path | None = None
-    test_dir: Path | None = None
+    data_dir: Place | None = None
+    test_dir: Place | None = None
     classes: tuple[str, ...] | None = None
     size: int | None = None
     image_column: str | None = None
     label_column: str | None = None
     """Where images and labels stand in a dataset of Hugging Face (of the given images, too), or in the samples of a
     WebDataset."""
+    cache_dir: Path | None = None
+    """Keeps a WebDataset's shards behind URLs, and its index; `nrrdd` in the user's cache folder by default."""
     work_dir: Path | None = None
     """Holds every stage's results; `<out>.work` by default."""
     teacher: str | None = None

@@ -18,6 +18,8 @@ from builders.images import UnusableImage, read_rgb, resize_to
 from nrrdd_format.errors import DataError
 
 Packed = TypeVar("Packed", bound="PackedImages")
+Place = Path | str
+"""A folder or file; str: behind a URL."""
 
 MIN_SIZE, MAX_SIZE = 8, 1024
 """Bounds of the images' side: the smallest default network halves it three times."""

@@ -15,10 +15,12 @@ from builders.sources import (
     OPEN_SIZES,
     WITH_COLUMNS,
     Source,
+    check_cache_dir,
     check_name,
     check_size,
     load_source,
     load_split,
+    local_folder,
     make_source,
 )
 from nrrdd_format.errors import ConfigError, DataError
@@ -72,6 +74,7 @@ def _load_source(config: BuildConfig, size: int | None) -> Source:
         classes=config.classes,
         size=size,
         columns=PLAIN if only_given else _columns(config),
+        cache_dir=config.cache_dir,
     )
 
 
@@ -84,7 +87,9 @@ def _load_given(config: BuildConfig, found: FoundImages) -> Inputs:
     elif config.given_table is None and _columns(config) != PLAIN:
         raise ConfigError("--image-column and --label-column: found without --data-dir, expected with it")
     elif config.test_dir is not None:
-        source = load_split(name, config.test_dir, classes=config.classes, size=size)
+        split = local_folder("--test-dir", name, config.test_dir)
+        assert split is not None
+        source = load_split(name, split, classes=config.classes, size=size)
     else:
         return _alone(config, found, size)
     chosen, by_position = match_classes(found, source.class_names, source.wnids, subset=config.classes is not None)
@@ -105,6 +110,7 @@ def _alone(config: BuildConfig, found: FoundImages, size: int | None) -> Inputs:
     """Given images without any real ones: they say themselves what the classes are."""
     name, known = config.dataset, DATASETS[config.dataset]
     check_size(name, size)
+    check_cache_dir(name, config.cache_dir)
     if known.classes is not None and len(found.folders) != known.classes and config.classes is None:
         raise DataError(
             f"{found.place}: found {len(found.folders)}/{known.classes} classes of {name}; complete them, or use "

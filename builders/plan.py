@@ -26,6 +26,7 @@ from builders.discovery import class_groups
 from builders.job import BATCH_ARRAY, CLASS_ARRAY, CLASS_JSON, DISTANCES, SHARD_BYTES, Job, prepare
 from builders.pipeline import check_teacher, refuse_small_classes
 from builders.prefetch import reading_threads
+from builders.quantities import shown_duration, shown_size
 from builders.ranks import joined_ranks
 from builders.workdir import Stage
 from nrrdd_format import tar
@@ -224,8 +225,8 @@ def _disk_problems(config: BuildConfig, stages: Sequence[StagePlan]) -> list[str
         needed[device] += math.ceil(stage.left * stage.bytes)
     free = {device: shutil.disk_usage(place).free for device, place in places.items()}
     return [
-        f"{places[device]}: {_size(free[device])} free on its disk, expected about {_size(count)} for what is left; "
-        f"make room or choose another --work-dir or --out"
+        f"{places[device]}: {shown_size(free[device])} free on its disk, expected about {shown_size(count)} for what "
+        f"is left; make room or choose another --work-dir or --out"
         for device, count in needed.items()
         if count > free[device]
     ]
@@ -242,8 +243,9 @@ def render(job: Job, stages: Sequence[StagePlan]) -> str:
     header = f"{'stage':10}{'units':>16}{'done':>9}{'left':>9}{'a unit':>12}{'time left':>12}{'disk':>12}"
     rows = [
         f"{stage.name:10}{f'{stage.total:,} {stage.unit}':>16}{stage.done:>9,}{stage.left:>9,}"
-        f"{_duration(stage.seconds) if stage.left else '-':>12}{_duration(stage.left * stage.seconds / ranks):>12}"
-        f"{_size(stage.total * stage.bytes):>12}"
+        f"{shown_duration(stage.seconds) if stage.left else '-':>12}"
+        f"{shown_duration(stage.left * stage.seconds / ranks):>12}"
+        f"{shown_size(stage.total * stage.bytes):>12}"
         for stage in stages
     ]
     work, out = (
@@ -254,9 +256,9 @@ def render(job: Job, stages: Sequence[StagePlan]) -> str:
     facts = [
         f"{len(job.labels):,} images of {job.num_classes} classes, {job.source.size} px, in {len(job.shards)} shards",
         *[header, *rows],
-        f"time left: about {_duration(total)} on {job.device} in {ranks} process{'es' if ranks > 1 else ''}",
-        f"disk: about {_size(work)} in {job.config.work_path}, {_size(out)} in {job.config.out}",
-        f"memory: about {_size(memory_bytes(job))} in each process{_device_memory(job)}",
+        f"time left: about {shown_duration(total)} on {job.device} in {ranks} process{'es' if ranks > 1 else ''}",
+        f"disk: about {shown_size(work)} in {job.config.work_path}, {shown_size(out)} in {job.config.out}",
+        f"memory: about {shown_size(memory_bytes(job))} in each process{_device_memory(job)}",
     ]
     return "\n".join(facts)
 
@@ -264,19 +266,4 @@ def render(job: Job, stages: Sequence[StagePlan]) -> str:
 def _device_memory(job: Job) -> str:
     if job.device.type != "cuda":
         return ""
-    return f", {_size(torch.cuda.max_memory_allocated(job.device))} on {job.device}"
-
-
-def _duration(seconds: float) -> str:
-    """As people say it: 0.31 s, 12 min, 3.4 h, 2.1 d."""
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-
-
-def _size(count: float) -> str:
-    for unit, length in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if count >= length:
-            return f"{count / length:.3g} {unit}"
-    return f"{count:.0f} bytes"
+    return f", {shown_size(torch.cuda.max_memory_allocated(job.device))} on {job.device}"

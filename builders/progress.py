@@ -9,11 +9,16 @@ from tqdm import tqdm
 
 
 class Progress:
-    """A bar that counts `total` units of one stage. Use as a context manager; call `advance` after each unit."""
+    """A bar that counts `total` units of one stage (None: nobody knows how many). Bytes (`B`) are shown as MB or GB.
 
-    def __init__(self, total: int, description: str, unit: str) -> None:
+    Use as a context manager; call `advance` after each unit.
+    """
+
+    def __init__(self, total: int | None, description: str, unit: str) -> None:
         # disable=None is tqdm's own rule: no output where stderr is not a terminal.
-        self._bar: tqdm[NoReturn] = tqdm(total=total, desc=description, unit=unit, disable=None, dynamic_ncols=True)
+        self._bar: tqdm[NoReturn] = tqdm(
+            total=total, desc=description, unit=unit, unit_scale=unit == "B", disable=None, dynamic_ncols=True
+        )
 
     def advance(self, count: int = 1, **facts: float) -> None:
         """Counts `count` more units; `facts` (a loss, a rate) are shown behind the bar."""

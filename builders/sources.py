@@ -11,9 +11,11 @@ from builders.class_names import are_wnids, beside, check_wnids, name_wnids, sel
 from builders.conventions import DATASETS, Colour, default_model
 from builders.folders import class_folders, image_names, list_classes, list_test
 from builders.hub_images import load_hub
-from builders.image_sets import MAX_SIZE, MIN_SIZE, PLAIN, Columns, ImageSet, Splits, first_side
-from builders.tar_images import load_tars
+from builders.image_sets import MAX_SIZE, MIN_SIZE, PLAIN, Columns, ImageSet, Place, Splits, first_side
+from builders.tar_images import TarPlaces, load_tars
 from nrrdd_format.errors import ConfigError, DataError
+from nrrdd_format.files import default_cache_dir
+from nrrdd_format.remote import is_url, local_path
 
 LARGEST_DEFAULT = 224
 """Side beyond which images of no size of their own are not read unless `--size` says so."""
@@ -50,22 +52,25 @@ class Source:
 def load_source(
     name: str,
     *,
-    data_dir: Path | None,
-    test_dir: Path | None = None,
+    data_dir: Place | None,
+    test_dir: Place | None = None,
     classes: Sequence[str] | None = None,
     size: int | None = None,
     columns: Columns = PLAIN,
+    cache_dir: Path | None = None,
 ) -> Source:
     """Finds a dataset's images and says how they are treated.
 
     Args:
         name: a key of `conventions.DATASETS`.
-        data_dir: the folder that holds the dataset; CIFAR is downloaded there if it is missing.
+        data_dir: the folder that holds the dataset; CIFAR is downloaded there if it is missing. A WebDataset's shards
+            may lie behind URLs.
         test_dir: the test split's folder, where it does not lie beside the training split.
         classes: only these classes, by name or WNID; they keep the dataset's order, labelled 0, 1, …
         size: side in pixels to read images of no size of their own at (`OPEN_SIZES`). Default: the shorter side of
             the first usable image, made even, at most 224.
         columns: where images and labels stand in a dataset of Hugging Face, or in the samples of a WebDataset.
+        cache_dir: keeps a WebDataset's shards behind URLs, and its index. Default: `nrrdd` in the user's cache folder.
 
     Raises:
         ConfigError: an unknown name or class, or an option that this dataset does not take.
@@ -74,15 +79,18 @@ def load_source(
     check_name(name)
     check_size(name, size)
     _check_columns(name, columns)
+    check_cache_dir(name, cache_dir)
+    if name == "webdataset" and data_dir is not None:
+        places = TarPlaces(data=data_dir, test=test_dir, cache_dir=cache_dir or default_cache_dir())
+        return _packed_source(name, *load_tars(places, columns, size, LARGEST_DEFAULT), classes)
+    data_dir, test_dir = local_folder("--data-dir", name, data_dir), local_folder("--test-dir", name, test_dir)
     if name == "digits":
         return _digits_source(data_dir, test_dir, classes)
     if data_dir is None:
         raise DataError(f"{name}: --data-dir is missing; give the folder that holds {DATASETS[name].layout}")
     if name == "hf":
         _refuse_test_dir(name, test_dir)
-        return _packed_source(name, data_dir, load_hub(data_dir, columns, size, LARGEST_DEFAULT), classes)
-    if name == "webdataset":
-        return _packed_source(name, data_dir, load_tars(data_dir, test_dir, columns, size, LARGEST_DEFAULT), classes)
+        return _packed_source(name, beside(data_dir), load_hub(data_dir, columns, size, LARGEST_DEFAULT), classes)
     if name in ("cifar10", "cifar100") and not (data_dir / "train").is_dir():
         return _cifar_source(name, data_dir, test_dir, classes)
     return _folder_source(name, data_dir, test_dir, classes, size)
@@ -92,6 +100,17 @@ def check_name(name: str) -> None:
     """Raises ConfigError unless `name` is a dataset's."""
     if name not in DATASETS:
         raise ConfigError(f"--dataset: found {name!r}, expected one of {', '.join(DATASETS)}")
+
+
+def local_folder(option: str, name: str, place: Place | None) -> Path | None:
+    """The folder that an option names; raises ConfigError for a URL, which only shards may have."""
+    if place is None or isinstance(place, Path):
+        return place
+    if is_url(place, option):
+        raise ConfigError(
+            f"{option}: {name} is read from a folder, not from a URL; only webdataset's shards may have one"
+        )
+    return local_path(place, option)
 
 
 def _digits_source(data_dir: Path | None, test_dir: Path | None, classes: Sequence[str] | None) -> Source:
@@ -125,11 +144,11 @@ def _splits_source(
     )
 
 
-def _packed_source(name: str, data_dir: Path, splits: Splits, classes: Sequence[str] | None) -> Source:
-    """A source whose images lie in large files; classes that are named by WNIDs get their words."""
+def _packed_source(name: str, root: Path, splits: Splits, classes: Sequence[str] | None) -> Source:
+    """A source whose images lie in large files; classes that are named by WNIDs get their words from beside these."""
     wnids = splits.class_names if are_wnids(splits.class_names) else None
     if wnids is not None:
-        splits = replace(splits, class_names=name_wnids(beside(data_dir), wnids))
+        splits = replace(splits, class_names=name_wnids(root, wnids))
     return _without_gaps(_splits_source(name, splits, classes, wnids))
 
 
@@ -278,6 +297,12 @@ def _check_columns(name: str, columns: Columns) -> None:
     for option, column in (("--image-column", columns.image), ("--label-column", columns.label)):
         if column is not None and name not in WITH_COLUMNS:
             raise ConfigError(f"{option}: {name} has no columns; leave the option out, or use --dataset hf")
+
+
+def check_cache_dir(name: str, cache_dir: Path | None) -> None:
+    """Raises ConfigError for a cache that this dataset does not use."""
+    if cache_dir is not None and name != "webdataset":
+        raise ConfigError(f"--cache-dir: {name} keeps nothing there, only webdataset does; leave the option out")
 
 
 def check_size(name: str, size: int | None) -> None:

@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from builders import plan as planning
 from builders.cli import main, parse
 from builders.config import BuildConfig
 from builders.job import Job, prepare
 from builders.models import create_model
 from builders.pipeline import build
 from builders.plan import StagePlan, plan, plan_stages
+from builders.quantities import shown_duration, shown_size
 from builders.ranks import Ranks
 from builders.teacher import save_checkpoint
 from nrrdd_format.errors import DataError
@@ -226,9 +226,9 @@ def test_unusable_images(source: Path, tmp_path: Path) -> None:
     ],
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert planning._duration(seconds) == text
+    assert shown_duration(seconds) == text
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1234, "1.23 KB"), (5e12, "5 TB")])
 def test_sizes(count: float, text: str) -> None:
-    assert planning._size(count) == text
+    assert shown_size(count) == text

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
+import os
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,14 @@ import torch
 import webdataset
 from PIL import Image
 
+from builders import tar_index
 from builders.cli import main
 from builders.image_sets import Columns
 from builders.images import UnusableImage
 from builders.models import create_model
 from builders.sources import Source, load_source
 from builders.tar_images import TarImages
+from builders.tar_index import ShardIndex, index_shards
 from builders.teacher import save_checkpoint
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.errors import ConfigError, DataError
@@ -50,6 +55,13 @@ def samples(numbers: range, classes: int = 3) -> dict[str, bytes]:
     for k in numbers:
         members |= {f"{k:04d}.png": encoded(k), f"{k:04d}.cls": str(k % classes).encode()}
     return members
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which indexes are kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    return tmp_path / "xdg" / "nrrdd" / "indexes"
 
 
 @pytest.fixture
@@ -308,8 +320,9 @@ def test_a_huge_member_is_not_read(shards: Path) -> None:
 
 def test_places_without_shards(tmp_path: Path) -> None:
     refuse(tmp_path, "found no .tar files")
-    refuse("https://host/{0..9}.tar", "read from a disk, not from a URL; copy them")
-    refuse("pipe:curl x", "read from a disk, not from a URL")
+    for place in ("pipe:curl x", "pipe:curl https://host/{0..9}.tar", "ftp://host/0.tar"):
+        with pytest.raises(ConfigError, match=r"--data-dir: URLs that begin with '(pipe|ftp)' are not read; expected"):
+            load_source("webdataset", data_dir=place)
     with pytest.raises(DataError, match="webdataset: --data-dir is missing"):
         load_source("webdataset", data_dir=None)
 
@@ -341,3 +354,101 @@ def test_a_build_from_shards_skips_broken_images(shards: Path, tmp_path: Path) -
     assert verify_dataset(tmp_path / "out") == []
     assert open_dataset(tmp_path / "out").manifest.dataset.name == "webdataset"
     assert "000.tar/0003" in next((tmp_path / "out.work").glob("build-*.json")).read_text()
+
+
+# The kept index
+
+
+def test_an_index_is_kept_and_read_again(shards: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load(shards)
+    assert len(list(own_cache.glob("*.json"))) == 3
+    monkeypatch.setattr(tar_index, "_make_and_keep", None)  # as if it could not be made
+    again = load(shards)
+    assert again.train.fingerprint() == first.train.fingerprint()
+    np.testing.assert_array_equal(again.train.read(7), first.train.read(7))
+
+
+def test_what_decides_the_index_leads_to_another(shards: Path, own_cache: Path) -> None:
+    """Of a shard its place, size and time; and the columns. Only the shard that changed is gone through again."""
+    load(shards)
+    kept = set(own_cache.glob("*.json"))
+    write_tar(shards / "train" / "001.tar", samples(range(5, 10)))
+    load(shards)
+    longer = set(own_cache.glob("*.json"))
+    assert len(longer - kept) == 1
+    os.utime(shards / "train" / "000.tar", ns=(0, 0))
+    load(shards)
+    touched = set(own_cache.glob("*.json"))
+    assert len(touched - longer) == 1
+    load(shards, image="png")
+    assert len(set(own_cache.glob("*.json")) - touched) == 3
+
+
+def test_names_and_labels_of_any_kind_are_kept(tmp_path: Path, own_cache: Path) -> None:
+    """Also a name that is no UTF-8."""
+    members = {"\udcff.png": encoded(0), "\udcff.cls": b"1", "b.png": encoded(1), "b.cls": b"x"}
+    write_tar(tmp_path / "0.tar", members)
+    made, kept = (index_shards([tmp_path / "0.tar"], Columns(), own_cache.parent) for _ in range(2))
+    assert made == kept
+    assert (kept[0].keys, kept[0].labels) == (["\udcff", "b"], [1, "x"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"{}", b"[" * 100_000, b'{"keys": ["a"], "labels": [0], "offsets": [0]}',
+     b'{"keys": ["a"], "labels": [0], "offsets": [-1], "lengths": [1]}',
+     b'{"keys": ["a"], "labels": [0.5], "offsets": [0], "lengths": [1]}',
+     b'{"keys": ["a"], "labels": [0], "offsets": [true], "lengths": [1]}',
+     b'{"keys": [0], "labels": [0], "offsets": [0], "lengths": [1]}', b'{"names": []}'],
+)  # fmt: skip
+def test_a_damaged_index_is_made_anew(shards: Path, own_cache: Path, content: bytes) -> None:
+    first = load(shards).train.fingerprint()
+    for path in own_cache.glob("*.json"):
+        path.write_bytes(content)
+    assert load(shards).train.fingerprint() == first
+    assert all(path.read_bytes() != content for path in own_cache.glob("*.json"))
+
+
+def test_where_nothing_can_be_kept_the_index_is_made_each_time(shards: Path, own_cache: Path) -> None:
+    own_cache.parent.mkdir(parents=True)
+    own_cache.write_text("in the way")
+    assert load(shards).train.fingerprint() == load(shards).train.fingerprint()
+    assert own_cache.read_text() == "in the way"
+
+
+def test_a_damaged_shard_leaves_no_index(shards: Path, own_cache: Path) -> None:
+    path = shards / "train" / "001.tar"
+    path.write_bytes(path.read_bytes()[:1500])
+    refuse(shards, r"001\.tar: (is no whole tar file|is damaged or cut off)")
+    assert len(list(own_cache.glob("*.json"))) == 1
+
+
+def test_one_process_at_a_time_indexes(shards: Path, tmp_path: Path) -> None:
+    """The others wait, and find what it has kept."""
+    paths, made = sorted(shards.glob("train/*.tar")), tmp_path / "made"
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_index_slowly, args=(paths, tmp_path, made)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert made.read_text() == "000.tar\n001.tar\n"
+
+
+def _index_slowly(paths: list[Path], cache_dir: Path, made: Path) -> None:
+    make = tar_index._make_and_keep
+
+    def slowly(path: Path, columns: Columns, folder: Path) -> ShardIndex:
+        time.sleep(0.05)
+        with open(made, "a") as log:
+            log.write(f"{path.name}\n")
+        return make(path, columns, folder)
+
+    tar_index._make_and_keep = slowly
+    assert sum(len(index.keys) for index in index_shards(paths, Columns(), cache_dir)) == 9
+
+
+def test_a_cache_for_images_that_need_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--cache-dir: imagefolder keeps nothing there, only webdataset does"):
+        load_source("imagefolder", data_dir=tmp_path, cache_dir=tmp_path)

@@ -48,7 +48,7 @@ def load_inputs(config: BuildConfig) -> Inputs:
 
     Raises:
         ConfigError: an unknown name or class, or an option that this dataset does not take.
-        DataError: images are missing or not laid out as expected, or two folders disagree on the classes.
+        DataError: images are missing or not laid out as expected, or given and real ones disagree on the classes.
     """
     if config.from_images is not None:
         check_name(config.dataset)
@@ -80,12 +80,15 @@ def _load_source(config: BuildConfig, size: int | None) -> Source:
 
 def _load_given(config: BuildConfig, found: FoundImages) -> Inputs:
     name, size = config.dataset, config.size
+    check_cache_dir(name, config.cache_dir)
     if name in OPEN_SIZES and size is None:
         size = found.images.size
     if config.data_dir is not None or name == "digits":
         source = _load_source(config, size)
     elif config.given_table is None and _columns(config) != PLAIN:
-        raise ConfigError("--image-column and --label-column: found without --data-dir, expected with it")
+        raise ConfigError(
+            "--image-column and --label-column: found without --data-dir, expected with it, or with --from-images hf:…"
+        )
     elif config.test_dir is not None:
         split = local_folder("--test-dir", name, config.test_dir)
         assert split is not None
@@ -110,7 +113,6 @@ def _alone(config: BuildConfig, found: FoundImages, size: int | None) -> Inputs:
     """Given images without any real ones: they say themselves what the classes are."""
     name, known = config.dataset, DATASETS[config.dataset]
     check_size(name, size)
-    check_cache_dir(name, config.cache_dir)
     if known.classes is not None and len(found.folders) != known.classes and config.classes is None:
         raise DataError(
             f"{found.place}: found {len(found.folders)}/{known.classes} classes of {name}; complete them, or use "

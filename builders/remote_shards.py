@@ -154,7 +154,8 @@ def _fetch_text(remote: RemoteFolder, name: str, target: Path) -> None:
     """Fetches a text file that lies beside the shards or in the folder above, if there is one."""
     parts = urlsplit(remote.url)
     above = parts._replace(path=parts.path.rpartition("/")[0]).geturl()
-    for folder in (remote, RemoteFolder(url=above)):
+    for url in dict.fromkeys((remote.url, above)):
+        folder = RemoteFolder(url=url)
         try:
             pieces = folder.retried(name, partial(_whole, folder, name))
         except RefusedError:

@@ -240,6 +240,14 @@ def test_columns_belong_to_the_tables_on_the_command_line(tmp_path: Path) -> Non
     assert len(both.source.train) == 4
 
 
+def test_a_cache_that_would_hold_nothing_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "syn", [0, 1, 2])
+    with pytest.raises(ConfigError, match="--cache-dir: imagefolder keeps nothing there"):
+        inputs(tmp_path, tmp_path / "syn", cache_dir=tmp_path)
+    with pytest.raises(ConfigError, match="--test-dir: imagefolder is read from a folder, not from a URL"):
+        inputs(tmp_path, tmp_path / "syn", test_dir="https://host/x")
+
+
 def test_what_is_found_before_the_source_is_known(tmp_path: Path) -> None:
     found = find_table(save(tmp_path / "syn", [1, 0]), PLAIN)
     assert (found.folders, found.images.labels.tolist()) == (tuple(CLASSES), [1, 0])

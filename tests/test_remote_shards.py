@@ -21,8 +21,8 @@ import torch
 from faulty_server import DatasetServer, Handler, cut, hang_up, lengthen, send, serving, stall, status
 from PIL import Image
 
+from benchmarks.cli import main as nrrdd
 from builders import remote_shards
-from builders.cli import main
 from builders.models import create_model
 from builders.sources import Source, load_source
 from builders.teacher import save_checkpoint
@@ -316,4 +316,10 @@ def test_a_build_of_two_ranks_fetches_once(server: DatasetServer, tmp_path: Path
     assert "fetching 3 shards" in done.stderr
     assert verify_dataset(tmp_path / "out") == []
     assert {name: server.fetched[name] for name in SHARDS} == dict.fromkeys(SHARDS, 1)
-    assert main([*command, "--epochs", "2", "--out", str(tmp_path / "more")]) == 0
+    before = len(server.requests)
+    teach = (
+        f"teacher --dataset webdataset --data-dir {server.url}/{PATTERN} --cache-dir {tmp_path}/cache --size {SIZE} "
+        f"--architecture conv2-w8 --epochs 1 --device cpu --out {tmp_path}/taught.pt"
+    )
+    assert nrrdd(teach.split()) == 0
+    assert len(server.requests) == before

@@ -194,7 +194,7 @@ def test_flat_maps_are_counted_over_all_ranks_and_runs(
     """To a teacher whose classifier sees nothing, in groups of one class each."""
     monkeypatch.setattr(discovery, "GROUP_IMAGES", 1)
     model = create_model("conv2-w8", 3, SIZE)
-    torch.nn.init.zeros_(model.classifier.weight)
+    torch.nn.init.zeros_(model.get_parameter("classifier.weight"))
     save_checkpoint(tmp_path / "teacher.pt", model, "conv2-w8", CLASSES)
     changes = {"teacher_checkpoint": tmp_path / "teacher.pt", "work_dir": tmp_path / "work"}
     jobs = [prepare(_config(source, tmp_path / "out", **changes), Ranks(rank, 2, 0)) for rank in (1, 0, 0)]

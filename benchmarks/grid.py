@@ -354,7 +354,7 @@ def cell_path(grid: Grid, cell: Cell) -> Path:
     return grid.out / "cells" / f"ipc{cell.ipc}-{cell.images}-{cell.labels}-seed{cell.seed}-{key}.json"
 
 
-PLACES = ("data_dir", "test_dir", "out", "work_dir", "teacher_checkpoint", "device", "threads")
+PLACES = ("data_dir", "test_dir", "cache_dir", "out", "work_dir", "teacher_checkpoint", "device", "threads")
 """Options that do not decide what comes out: where things lie and run. Of the teacher its bytes count."""
 
 KEY_DIGITS = 10

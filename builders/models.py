@@ -15,13 +15,15 @@ import difflib
 import re
 from collections import OrderedDict
 from http.client import HTTPException
+from pickle import UnpicklingError  # what torch.load raises when it refuses a file
 from typing import Any
 
 import torch
 import torchvision.models as zoo
-from torch import Tensor, nn
+from torch import Tensor, hub, nn
 from torch.nn import functional as F
 
+from builders.foreign_weights import weights_only_loads
 from builders.timm_models import PREFIX, create_timm_model
 from nrrdd_format.errors import ConfigError, TeacherError
 
@@ -42,7 +44,7 @@ def create_model(architecture: str, num_classes: int, image_size: int, *, pretra
 
     Raises:
         ConfigError: the name is unknown, or the network does not fit `num_classes` or `image_size`.
-        TeacherError: the pretrained weights cannot be downloaded.
+        TeacherError: the pretrained weights cannot be downloaded, or hold more than weights.
     """
     if num_classes < 1:
         raise ConfigError(f"{architecture}: {num_classes} classes; expected at least 1")
@@ -191,13 +193,21 @@ def _pretrained(architecture: str, num_classes: int) -> nn.Module:
             f"{architecture}: pretrained weights know {IMAGENET_CLASSES} classes, expected {num_classes}; "
             "train a teacher with `nrrdd teacher` and give it with --teacher-checkpoint"
         )
+    url = zoo.get_model_weights(architecture)["DEFAULT"].url
+    elsewhere = (
+        f"get {url} where there is a network and give it with --teacher {architecture} --teacher-checkpoint FILE"
+    )
     try:
-        model: nn.Module = zoo.get_model(architecture, weights="DEFAULT")
-    except (OSError, HTTPException, RuntimeError) as error:  # the last: the file is damaged
-        url = zoo.get_model_weights(architecture)["DEFAULT"].url
+        with weights_only_loads():
+            model: nn.Module = zoo.get_model(architecture, weights="DEFAULT")
+    except UnpicklingError as error:
         raise TeacherError(
-            f"{architecture}: pretrained weights cannot be downloaded ({_first_line(error)}); get {url} where there is "
-            f"a network and give the file with --teacher {architecture} --teacher-checkpoint FILE"
+            f"{architecture}: the file of pretrained weights holds more than weights and is not loaded; remove "
+            f"{url.rpartition('/')[2]} from {hub.get_dir()}/checkpoints, or {elsewhere}"
+        ) from error
+    except (OSError, HTTPException, RuntimeError) as error:  # the last: the file is damaged
+        raise TeacherError(
+            f"{architecture}: pretrained weights cannot be downloaded ({_first_line(error)}); {elsewhere}"
         ) from error
     return model
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from builders.conventions import Colour
+from builders.foreign_weights import weights_only_loads
 from nrrdd_format.errors import ConfigError, TeacherError
 
 PREFIX = "timm/"
@@ -24,7 +25,7 @@ def create_timm_model(architecture: str, num_classes: int, *, pretrained: bool) 
 
     Raises:
         ConfigError: timm is not installed, does not know the name, or has no weights for so many classes.
-        TeacherError: the weights cannot be downloaded.
+        TeacherError: the weights cannot be downloaded, or hold more than weights.
     """
     timm, name = _timm(), architecture.removeprefix(PREFIX)
     if not timm.is_model(name):
@@ -58,10 +59,11 @@ def _pretrained(timm: ModuleType, architecture: str, num_classes: int, config: A
             "weights (a tag such as .a1_in1k), or train a teacher and give it with --teacher-checkpoint"
         )
     try:
-        model: nn.Module = timm.create_model(architecture.removeprefix(PREFIX), pretrained=True)
+        with weights_only_loads():  # timm's versions differ in which files they load so
+            model: nn.Module = timm.create_model(architecture.removeprefix(PREFIX), pretrained=True)
     except Exception as error:  # the hub's client passes on whatever its HTTP library raises
         raise TeacherError(
-            f"{architecture}: pretrained weights cannot be downloaded ({' '.join(str(error).split())[:200]}); get "
+            f"{architecture}: pretrained weights cannot be had ({' '.join(str(error).split())[:200]}); get "
             f"pytorch_model.bin of {config.hf_hub_id or config.url} where there is a network and give it with "
             f"--teacher {architecture} --teacher-checkpoint FILE"
         ) from error

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torchvision.models as zoo
 from torch import nn
+from trap import Trap
 
 from builders.models import SmallResNet18, create_model
 from nrrdd_format.errors import ConfigError, TeacherError
@@ -114,6 +115,15 @@ def test_failed_download_names_file_and_option(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(TeacherError, match=r"no route to host.*squeezenet1_1-\w+\.pth.*--teacher-checkpoint") as caught:
         create_model("squeezenet1_1", 1000, 64, pretrained=True)
     assert "\n" not in str(caught.value)
+
+
+def test_pretrained_weights_that_would_run_code_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _put_into_cache("squeezenet1_1", tmp_path, monkeypatch)
+    (file,) = (tmp_path / "hub" / "checkpoints").iterdir()
+    torch.save({"weight": Trap(tmp_path / "sprung")}, file)
+    with pytest.raises(TeacherError, match=rf"holds more than weights.*remove {file.name}.*--teacher-checkpoint"):
+        create_model("squeezenet1_1", 1000, 64, pretrained=True)
+    assert not (tmp_path / "sprung").exists()
 
 
 def _put_into_cache(architecture: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:

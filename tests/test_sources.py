@@ -13,6 +13,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 from PIL import Image
+from trap import Trap
 
 from builders.conventions import DATASETS, default_model
 from builders.image_sets import ArrayImages
@@ -513,16 +514,6 @@ def test_a_subset_of_torchvisions_cifar(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_torchvisions_cifar_takes_no_test_folder(tmp_path: Path) -> None:
     refuse("brings its own test split", ConfigError, name="cifar10", data_dir=tmp_path, test_dir=tmp_path)
-
-
-class Trap:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
-        return Path.touch, (self.path,)
 
 
 def test_a_foreign_pickle_is_never_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

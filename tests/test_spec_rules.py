@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from trap import Trap
 
 from benchmarks.mutants import changed_manifest, manifest_bytes, sealed_shard
 from benchmarks.mutate_zstd import zstd_frame
@@ -560,20 +561,10 @@ def test_the_datasets_before_they_are_broken_are_good(coding: str, bases: dict[s
     read(folder)
 
 
-class Bomb:
-    """Unpickling it makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.path),)
-
-
 def test_reading_executes_nothing(bases: dict[str, Base], tmp_path: Path) -> None:
     """R2: a pickle in any place of a dataset is refused, and not run."""
     marker = tmp_path / "executed"
-    payload = pickle.dumps(Bomb(marker))
+    payload = pickle.dumps(Trap(marker))
     places: list[Break] = [
         text(lambda _: payload),
         raw(lambda _: payload),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 import re
 import signal
@@ -20,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from trap import Trap
 
 from builders.image_sets import ArrayImages, FolderImages
 from builders.models import create_model
@@ -261,22 +261,12 @@ def test_list_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "list.pt")
 
 
-class _Trap:
-    """Runs a command when unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.mark),)
-
-
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     path, mark = tmp_path / "trap.pt", tmp_path / "mark"
-    torch.save({"state_dict": _Trap(mark)}, path)
+    torch.save({"state_dict": Trap(mark)}, path)
     with pytest.raises(TeacherError, match="damaged, or no file"):
         load(path)
-    path.write_bytes(pickle.dumps(_Trap(mark), protocol=2))
+    path.write_bytes(pickle.dumps(Trap(mark), protocol=2))
     with pytest.raises(TeacherError, match="damaged, or no file"):
         load(path)
     assert not mark.exists()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from trap import Trap
 
 from builders.models import create_model
 from builders.teacher import load_teacher, save_checkpoint
@@ -86,14 +87,25 @@ def test_weights_of_another_number_of_classes_are_refused(fake: FakeTimm) -> Non
 
 def test_weights_that_cannot_be_had(fake: FakeTimm) -> None:
     fake.offline = True
-    with pytest.raises(
-        TeacherError, match=r"cannot be downloaded \(cannot reach the hub\).*bin of timm/tiny"
-    ) as caught:
+    with pytest.raises(TeacherError, match=r"cannot be had \(cannot reach the hub\).*bin of timm/tiny") as caught:
         load("timm/tiny")
     assert "\n" not in str(caught.value)
     fake.config.has_weights = False
     with pytest.raises(ConfigError, match="timm has no weights for it"):
         load("timm/tiny")
+
+
+def test_weights_that_would_run_code_are_refused(
+    fake: FakeTimm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever timm asks torch.load for."""
+    torch.save({"weight": Trap(tmp_path / "sprung")}, tmp_path / "weights.bin")
+    monkeypatch.setattr(fake, "create_model", lambda *_, **__: torch.load(tmp_path / "weights.bin", weights_only=False))
+    with pytest.raises(TeacherError, match=r"timm/tiny: pretrained weights cannot be had \(.*weights_only"):
+        load("timm/tiny")
+    assert not (tmp_path / "sprung").exists()
+    torch.load(tmp_path / "weights.bin", weights_only=False)  # others are left as they were
+    assert (tmp_path / "sprung").exists()
 
 
 def test_unknown_names_and_tags(fake: FakeTimm) -> None:

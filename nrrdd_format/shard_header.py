@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,11 +30,10 @@ FORMAT = "nrrdd-shard"
 HEADER_NAME = "__nrrdd__/header"
 RECORDS_NAME = "__nrrdd__/records"
 EXTENSIONS = ("jpg", "png", "webp")
-_IMAGE_NAME = re.compile(r"([0-9]{7,10})_c([0-9]{5,7})\.([a-z]{3,4})")
+_IMAGE_NAME = re.compile(rf"([0-9]{{7}}|[1-9][0-9]{{7,9}})_c([0-9]{{5}}|[1-9][0-9]{{5,6}})\.({'|'.join(EXTENSIONS)})")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Member:
+class Member(NamedTuple):
     """One row of the member table."""
 
     name: str
@@ -42,24 +41,27 @@ class Member:
     crc32: int
 
 
-@dataclass(frozen=True, kw_only=True)
+def pack_header(*, version: Version, shard: int, epochs: int, members: Sequence[Member]) -> bytes:
+    """The content of the header member, for readers of this version and later ones."""
+    rows = [[m.name, m.size, m.crc32] for m in members]
+    content = {"format": FORMAT, "version": list(version), "shard": shard, "epochs": epochs}
+    return pack_frame({**content, "members": rows})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ShardHeader:
     """A checked shard header. `members` are the images in order, then the record member."""
 
     shard: int
     epochs: int
     members: tuple[Member, ...]
+    indices: NDArray[np.int64]  # (n,) the images' numbers in the dataset
+    labels: NDArray[np.int64]  # (n,) their classes
 
     @property
     def images(self) -> int:
         """n, the number of image members."""
         return len(self.members) - 1
-
-    def pack(self, version: Version) -> bytes:
-        """The content of the header member, for readers of this version and later ones."""
-        rows = [[m.name, m.size, m.crc32] for m in self.members]
-        content = {"format": FORMAT, "version": list(version), "shard": self.shard, "epochs": self.epochs}
-        return pack_frame({**content, "members": rows})
 
     @classmethod
     def parse(cls, data: bytes) -> ShardHeader:
@@ -69,11 +71,16 @@ class ShardHeader:
             raise FormatError(f"format is {shown(content.get('format'))}, expected {FORMAT!r}")
         check_version(content.get("version"))
         rows = _list(content, "members", 3, MAX_IMAGES + 1)
-        images = _check_images(tuple(map(_image_member, rows[:-1])))
+        images = [_member(row, None, MAX_IMAGE_BYTES) for row in rows[:-1]]
+        names = [parse_image_name(member.name) for member in images]
+        indices = np.array([name.number for name in names], np.int64)
+        _check_images(indices, {name.extension for name in names})
         return cls(
             shard=bounded(content.get("shard"), "shard", 0, MAX_SHARDS - 1),
             epochs=bounded(content.get("epochs"), "epochs", 1, MAX_EPOCHS),
             members=(*images, _member(rows[-1], RECORDS_NAME, MAX_MEMBER_BYTES)),
+            indices=indices,
+            labels=np.array([name.label for name in names], np.int64),
         )
 
     def offsets(self, start: int) -> NDArray[np.int64]:
@@ -117,12 +124,20 @@ def image_name(index: int, label: int, extension: str) -> str:
     return f"{index:07d}_c{label:05d}.{extension}"
 
 
-def parse_image_name(name: str) -> tuple[int, int]:
-    """(index, label) of an image member. Raises FormatError for a name of another form."""
+class ImageName(NamedTuple):
+    """What the name of an image member says."""
+
+    number: int  # of the image in the dataset
+    label: int
+    extension: str
+
+
+def parse_image_name(name: str) -> ImageName:
+    """Reads the name of an image member. Raises FormatError for a name of another form."""
     match = _IMAGE_NAME.fullmatch(name)
-    if match is None or name != image_name(int(match[1]), int(match[2]), match[3]) or match[3] not in EXTENSIONS:
+    if match is None:
         raise FormatError(f"member name {shown(name)}, expected <7-digit index>_c<5-digit label>.<jpg|png|webp>")
-    return int(match[1]), int(match[2])
+    return ImageName(int(match[1]), int(match[2]), match[3])
 
 
 def _read_priors(content: dict[str, Any], layout: RecordLayout) -> Priors | None:
@@ -149,28 +164,24 @@ def _list(content: dict[str, Any], key: str, low: int, high: int) -> list[Any]:
     return value
 
 
-def _image_member(row: object) -> Member:
-    member = _member(row, None, MAX_IMAGE_BYTES)
-    index, _ = parse_image_name(member.name)
-    bounded(index, "image index", 0, MAX_INDEX - 1)
-    return member
-
-
 def _member(row: object, name: str | None, limit: int) -> Member:
     if not isinstance(row, list) or len(row) != 3 or not isinstance(row[0], str):
         raise FormatError(f"member table row {shown(row)}, expected [name, size, crc32]")
     if name is not None and row[0] != name:
         raise FormatError(f"last member is {shown(row[0])}, expected {name!r}")
-    size = bounded(row[1], f"size of {shown(row[0])}", 1, limit)
-    return Member(name=row[0], size=size, crc32=bounded(row[2], f"crc32 of {shown(row[0])}", 0, 2**32 - 1))
+    try:
+        size, crc = bounded(row[1], "size", 1, limit), bounded(row[2], "crc32", 0, 2**32 - 1)
+    except FormatError as error:
+        raise FormatError(f"member {shown(row[0])}: {error.reason}") from None
+    return Member(name=row[0], size=size, crc32=crc)
 
 
-def _check_images(members: tuple[Member, ...]) -> tuple[Member, ...]:
+def _check_images(indices: NDArray[np.int64], extensions: set[str]) -> None:
     """Images have distinct numbers and one extension, or a stock WebDataset reader would mix them up."""
-    index, times = Counter(parse_image_name(m.name)[0] for m in members).most_common(1)[0]
-    if times > 1:
-        raise FormatError(f"image {index} appears {times} times, expected once")
-    extensions = sorted({m.name.rpartition(".")[2] for m in members})
+    bounded(int(indices.max()), "image index", 0, MAX_INDEX - 1)
+    numbers, times = np.unique(indices, return_counts=True)
+    if len(numbers) < len(indices):
+        most = int(times.argmax())
+        raise FormatError(f"image {numbers[most]} appears {times[most]} times, expected once")
     if len(extensions) > 1:
-        raise FormatError(f"image members have the extensions {extensions}, expected one")
-    return members
+        raise FormatError(f"image members have the extensions {sorted(extensions)}, expected one")

@@ -33,7 +33,7 @@ from nrrdd_format.shard_header import (
     RecordsHead,
     ShardHeader,
     image_name,
-    parse_image_name,
+    pack_header,
 )
 from nrrdd_format.versions import needed_version
 
@@ -115,7 +115,7 @@ def write_shard(
     members = [_member(image_name(i.index, i.label, extension), [i.data]) for i in images]
     members.append(_member(RECORDS_NAME, records))
     version = needed_version(priors=layout.priors, further=layout.further)
-    header = ShardHeader(shard=shard, epochs=epochs, members=tuple(members)).pack(version)
+    header = pack_header(version=version, shard=shard, epochs=epochs, members=members)
     with atomic_write(Path(path)) as file:
         _write_member(file, HEADER_NAME, [header])
         for member, image in zip(members, images, strict=False):
@@ -194,14 +194,21 @@ class ShardReader:
         self.header, self._header_bytes = self._read_header()
         self._offsets = self.header.offsets(tar.BLOCK + tar.padded(self._header_bytes))
         self._check_against(entry)
-        names = [parse_image_name(m.name) for m in self.header.members[:-1]]
-        self.indices: NDArray[np.int64] = np.array([index for index, _ in names], np.int64)  # (n,) in the dataset
-        self.labels: NDArray[np.int64] = np.array([label for _, label in names], np.int64)  # (n,)
 
     @property
     def images(self) -> int:
         """n, the number of images."""
         return self.header.images
+
+    @property
+    def indices(self) -> NDArray[np.int64]:
+        """The images' numbers in the dataset, (n,)."""
+        return self.header.indices
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """The images' classes, (n,)."""
+        return self.header.labels
 
     @property
     def epochs(self) -> int:

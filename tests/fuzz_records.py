@@ -38,7 +38,7 @@ with atheris.instrument_imports(include=["nrrdd_format"]):
     from nrrdd_format.pairs import Coding, PairRecords, RecordLayout
     from nrrdd_format.priors import Priors
     from nrrdd_format.records import content_bytes, encode_block, open_block
-    from nrrdd_format.shard_header import RECORDS_NAME, Member, RecordsHead, ShardHeader
+    from nrrdd_format.shard_header import RECORDS_NAME, Member, RecordsHead, ShardHeader, pack_header
 
 SIZE, IMAGES, EPOCHS, BLOCK_EPOCHS = 8, 5, 3, 2
 
@@ -130,7 +130,7 @@ def good_inputs() -> Iterator[bytes]:
     """Inputs that are read without complaint."""
     member = Member(name=RECORDS_NAME, size=100, crc32=1)
     images = tuple(Member(name=f"{i:07d}_c00000.png", size=90, crc32=i) for i in range(IMAGES))
-    header = ShardHeader(shard=0, epochs=EPOCHS, members=(*images, member)).pack((1, 1))
+    header = pack_header(version=(1, 1), shard=0, epochs=EPOCHS, members=(*images, member))
     priors = Priors(classes=np.tile([1, 3], (IMAGES, 1)), levels=np.zeros((IMAGES, 2), np.uint8))
     head = RecordsHead(epochs=EPOCHS, pairs=IMAGES, blocks=(20, 10), crcs=(1, 2), priors=priors).pack()
     yield tiny_manifest().encode()

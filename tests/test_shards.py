@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import msgpack
 import numpy as np
@@ -19,7 +20,7 @@ import pytest
 import zstandard
 from tiny_dataset import tiny_images, tiny_manifest, write_tiny
 
-from nrrdd_format import tar
+from nrrdd_format import shard_header, tar
 from nrrdd_format.dataset import DistilledDataset, open_dataset
 from nrrdd_format.errors import ConfigError, DataError, FormatError, NrrddError, OutputError
 from nrrdd_format.frames import pack_frame, payload_length, unpack_frame
@@ -92,6 +93,13 @@ def test_round_trip(shard: Path) -> None:
         assert [reader.image_bytes(i) for i in range(7)] == [i.data for i in images]
         assert len(reader.records(1)) == 7
     read_all(shard)
+
+
+def test_opening_reads_every_name_once(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parse = Mock(wraps=parse_image_name)
+    monkeypatch.setattr(shard_header, "parse_image_name", parse)
+    with ShardReader(shard, None, LAYOUT) as reader:
+        assert [call.args[0] for call in parse.call_args_list] == [m.name for m in reader.header.members[:-1]]
 
 
 def test_equal_content_gives_equal_bytes_and_no_partial_files(tmp_path: Path) -> None:
@@ -234,15 +242,15 @@ HEADER_FAULTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (set_row(2, 0, "0000001_c00002.png"), "image 1 appears 2 times"),
     (set_row(2, 0, "0000002_c00002.jpg"), "extensions"),
     (set_row(2, 0, "0000002_c00001.png"), "tar header byte"),
-    (set_row(2, 1, 0), "size of '0000002_c00002.png' is 0"),
-    (set_row(2, 1, 2**24 + 1), "size of '0000002_c00002.png' is 16777217"),
-    (set_row(2, 1, 2**63), "size of '0000002_c00002.png'"),
+    (set_row(2, 1, 0), "member '0000002_c00002.png': size is 0"),
+    (set_row(2, 1, 2**24 + 1), "member '0000002_c00002.png': size is 16777217"),
+    (set_row(2, 1, 2**63), "member '0000002_c00002.png': size"),
     (set_row(2, 1, 89), "tar header byte"),
     (set_row(2, 1, 700), "expected .* bytes"),
-    (set_row(2, 1, 1.5), "size of"),
-    (set_row(2, 2, 2**32), "crc32 of '0000002_c00002.png'"),
+    (set_row(2, 1, 1.5), "size is"),
+    (set_row(2, 2, 2**32), "member '0000002_c00002.png': crc32"),
     (set_row(2, 2, 5), "crc32 .* expected 00000005"),
-    (set_row(-1, 1, 8**11), "size of '__nrrdd__/records'"),
+    (set_row(-1, 1, 8**11), "member '__nrrdd__/records': size"),
     (set_row(-1, 2, 5), "crc32 .* expected 00000005"),
 ]
 
@@ -493,8 +501,15 @@ def test_shard_names(name: str) -> None:
 
 
 def test_image_names() -> None:
-    assert parse_image_name("12345678_c123456.jpg") == (12345678, 123456)
-    for wrong in ("1_c00001.jpg", "0000001_c00001.jpeg", "0000001_c00001.jpg\n", "٠٠٠٠٠٠١_c00001.jpg"):
+    assert parse_image_name("12345678_c123456.jpg") == (12345678, 123456, "jpg")
+    for wrong in (
+        "1_c00001.jpg",
+        "0000001_c00001.jpeg",
+        "0000001_c00001.jpg\n",
+        "00000001_c00001.jpg",
+        "0000001_c000001.jpg",
+        "٠٠٠٠٠٠١_c00001.jpg",
+    ):
         with pytest.raises(FormatError):
             parse_image_name(wrong)
 

@@ -496,11 +496,11 @@ BEYOND_LIMITS: dict[str, Sequence[Broken]] = {
         Broken("2^18 + 1", many(2**18 + 1), r"shards\[0\]\.images is 262145", "verbatim"),
     ],
     "one encoded image": [
-        Broken("0", sealed(header=cell(0, 1, 0)), "size of '0000000_c00000.png' is 0"),
-        Broken("16 MiB + 1", sealed(header=cell(0, 1, 2**24 + 1)), "size of '0000000_c00000.png' is 16777217"),
+        Broken("0", sealed(header=cell(0, 1, 0)), "member '0000000_c00000.png': size is 0"),
+        Broken("16 MiB + 1", sealed(header=cell(0, 1, 2**24 + 1)), "member '0000000_c00000.png': size is 16777217"),
     ],
     "records member": [
-        Broken("8 GiB", sealed(header=cell(-1, 1, 8**11)), "size of '__nrrdd__/records' is 8589934592"),
+        Broken("8 GiB", sealed(header=cell(-1, 1, 8**11)), "member '__nrrdd__/records': size is 8589934592"),
         Broken("in the manifest", manifest("shards", 0, "record_bytes", value=8**11), "record_bytes is 8589934592"),
     ],
     "stored epochs": [

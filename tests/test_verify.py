@@ -110,7 +110,7 @@ def test_a_record_member_whose_checksum_alone_is_wrong(folder: Path, monkeypatch
         shards,
         "_member",
         lambda name, parts: (
-            replace(m := member(name, parts), crc32=m.crc32 ^ 1) if name == "__nrrdd__/records" else member(name, parts)
+            member(name, parts)._replace(crc32=1) if name == "__nrrdd__/records" else member(name, parts)
         ),
     )
     write_images(folder, tiny_images(7, 7))

@@ -124,7 +124,7 @@ def _table(records: PairRecords, pairs: slice) -> MixTable:
     return MixTable(is_cutmix=records.is_cutmix[pairs], box=records.mix_box[pairs], lam=records.lam[pairs])
 
 
-# ---- verbatim: P positions' images, partners within their groups, boxes, flips; then G mixes
+# ---- verbatim: P positions' images, partners within their cycles, boxes, flips; then G mixes
 
 _MIX_FIELDS = 7  # CutMix or not, box, λ's lower and upper half
 _LESS_ONE = np.array([0, 0, 1, 1])  # height and width are stored less one
@@ -133,7 +133,7 @@ _LESS_ONE = np.array([0, 0, 1, 1])  # height and width are stored less one
 def _verbatim_widths(layout: RecordLayout) -> Fields:
     pairs, box = layout.pairs, [bits.width_of(layout.size)] * 4
     image = np.full(pairs, bits.width_of(layout.images))
-    partner = bits.width_of(_group_lengths(layout))
+    partner = bits.width_of(_cycle_lengths(layout))
     view = np.full(4 * pairs, box[0])
     flip = np.full(pairs, int(layout.flip))
     mix = np.tile([1, *box, 16, 16], layout.groups)
@@ -144,10 +144,10 @@ def _verbatim_fields(records: PairRecords, layout: RecordLayout) -> Fields:
     _check_once(records, layout)
     position = np.full(layout.images, -1)
     position[records.index_org] = np.arange(layout.pairs)
-    partner = position[records.index_aug] - _group_starts(layout)
-    wrong = np.flatnonzero((partner < 0) | (partner >= _group_lengths(layout)))
+    partner = position[records.index_aug] - _cycle_starts(layout)
+    wrong = np.flatnonzero((partner < 0) | (partner >= _cycle_lengths(layout)))
     if len(wrong):
-        raise ConfigError(f"pair records: pair {wrong[0]} has a partner outside its group of {layout.cycle}")
+        raise ConfigError(f"pair records: pair {wrong[0]} has a partner outside its cycle of {layout.cycle}")
     mixes = _table(records, slice(None, None, layout.mix_group))
     halves = mixes.lam.view(np.uint32).astype(np.int64)
     mix = np.column_stack([mixes.is_cutmix, _stored_boxes(mixes.box, mixes.is_cutmix), halves & 0xFFFF, halves >> 16])
@@ -165,8 +165,8 @@ def _read_verbatim(fields: Fields, layout: RecordLayout) -> PairRecords:
     _check_below(image, layout.images, "image")
     if len(np.unique(image)) < pairs:
         raise FormatError("an image is named twice in an epoch, expected once")
-    _check_below(partner, _group_lengths(layout), "partner")
-    aug = _group_starts(layout) + partner
+    _check_below(partner, _cycle_lengths(layout), "partner")
+    aug = _cycle_starts(layout) + partner
     boxes = _read_boxes(view.reshape(pairs, 4), layout.size, "view")
     mixes = _read_mixes(mix.reshape(layout.groups, _MIX_FIELDS), layout)
     group, flips = layout.group_of_pair, flip.astype(bool)
@@ -198,19 +198,19 @@ def _read_mixes(rows: Fields, layout: RecordLayout) -> MixTable:
     return MixTable(is_cutmix=is_cutmix, box=box, lam=lam)
 
 
-def _group_bounds(layout: RecordLayout) -> Fields:
+def _cycle_bounds(layout: RecordLayout) -> Fields:
     return cycle_bounds(layout.pairs, layout.cycle)
 
 
-def _group_starts(layout: RecordLayout) -> Fields:
-    """First position of each position's group, (P,)."""
-    bounds = _group_bounds(layout)
+def _cycle_starts(layout: RecordLayout) -> Fields:
+    """First position of each position's cycle, (P,)."""
+    bounds = _cycle_bounds(layout)
     return np.repeat(bounds[:-1], np.diff(bounds))
 
 
-def _group_lengths(layout: RecordLayout) -> Fields:
-    """Positions in each position's group, (P,)."""
-    lengths = np.diff(_group_bounds(layout))
+def _cycle_lengths(layout: RecordLayout) -> Fields:
+    """Positions in each position's cycle, (P,)."""
+    lengths = np.diff(_cycle_bounds(layout))
     return np.repeat(lengths, lengths)
 
 

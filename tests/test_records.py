@@ -282,7 +282,7 @@ def test_derived_coding_refuses_other_pairs_than_its_own() -> None:
 def test_verbatim_coding_refuses_a_partner_outside_the_group() -> None:
     layout = make_layout(coding="verbatim")
     records = some_pairs(layout)
-    with pytest.raises(ConfigError, match="pair 0 has a partner outside its group of 4"):
+    with pytest.raises(ConfigError, match="pair 0 has a partner outside its cycle of 4"):
         encode(changed(records, index_aug=records.index_org[5]), layout)
 
 

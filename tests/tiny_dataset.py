@@ -109,7 +109,7 @@ def with_further(records: PairRecords, layout: RecordLayout, labels: NDArray[np.
 
 
 def free_pairs(layout: RecordLayout, seed: int) -> PairRecords:
-    """Pairs as the format never draws them: partners at will within a group, any boxes, any λ."""
+    """Pairs as the format never draws them: partners at will within a cycle, any boxes, any λ."""
     pairs, group, size = layout.pairs, layout.group_of_pair, layout.size
     org = draws.permutation(seed, "free-order", count=layout.images)[:pairs]
     bounds = cycle_bounds(pairs, layout.cycle)

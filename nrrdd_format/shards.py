@@ -231,6 +231,16 @@ class ShardReader:
         self._check_crc(zlib.crc32(data), member, offset + tar.BLOCK)
         return data
 
+    def places(self) -> Iterator[tuple[str, int, int]]:
+        """Name of each member in file order, the header's first, and offset and size of its data."""
+        yield HEADER_NAME, tar.BLOCK, self._header_bytes
+        for member, offset in zip(self.header.members, self._offsets.tolist(), strict=False):
+            yield member.name, offset + tar.BLOCK, member.size
+
+    def raw_bytes(self, offset: int, size: int, member: str | None) -> bytes:
+        """Bytes of the file, which belong to `member`, as they are."""
+        return self._file.read(offset, size, member)
+
     def encoded_images(self) -> Iterator[EncodedImage]:
         """All images with their numbers and labels, as `write_shard` takes them."""
         for image, (index, label) in enumerate(zip(self.indices.tolist(), self.labels.tolist(), strict=True)):

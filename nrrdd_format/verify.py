@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +13,6 @@ from nrrdd_format.dataset import open_shard
 from nrrdd_format.errors import FormatError
 from nrrdd_format.image_file import check_image
 from nrrdd_format.manifest import Manifest, manifest_path
-from nrrdd_format.pread import PositionedFile
-from nrrdd_format.shard_header import HEADER_NAME
 from nrrdd_format.shards import ShardReader, file_sha256
 
 _CHUNK = 2**20
@@ -121,26 +118,22 @@ def _record_errors(reader: ShardReader) -> Iterator[FormatError]:
 
 def unread_faults(reader: ShardReader) -> Iterator[FormatError]:
     """What reading images and records leaves out: the record member's own checksum, and all padding."""
-    records = reader.header.members[-1]
-    with closing(PositionedFile(reader.path)) as file:
-        header_size = tar.stated_size(file.read(0, tar.BLOCK, HEADER_NAME))
-        offsets = reader.header.offsets(tar.BLOCK + tar.padded(header_size)).tolist()
-        crc, start = 0, offsets[-2] + tar.BLOCK
-        for offset in range(start, start + records.size, _CHUNK):
-            crc = zlib.crc32(file.read(offset, min(_CHUNK, start + records.size - offset), records.name), crc)
-        if crc != records.crc32:
-            reason = f"crc32 {crc:08x}, expected {records.crc32:08x}: the bytes are damaged"
-            yield FormatError(reason, member=records.name, offset=start)
-        sizes = [header_size, *(member.size for member in reader.header.members)]
-        names = [HEADER_NAME, *(member.name for member in reader.header.members)]
-        for name, size, offset in zip(names, sizes, [0, *offsets[:-1]], strict=True):
-            end = offset + tar.BLOCK + size
-            yield from _padding_errors(file, name, end, tar.padded(size) - size)
-        yield from _padding_errors(file, None, offsets[-1], len(tar.END))
+    places = list(reader.places())
+    name, start, size = places[-1]
+    crc = 0
+    for offset in range(start, start + size, _CHUNK):
+        crc = zlib.crc32(reader.raw_bytes(offset, min(_CHUNK, start + size - offset), name), crc)
+    expected = reader.header.members[-1].crc32
+    if crc != expected:
+        reason = f"crc32 {crc:08x}, expected {expected:08x}: the bytes are damaged"
+        yield FormatError(reason, member=name, offset=start)
+    for member, offset, length in places:
+        yield from _padding_errors(reader, member, offset + length, tar.padded(length) - length)
+    yield from _padding_errors(reader, None, start + tar.padded(size), len(tar.END))
 
 
-def _padding_errors(file: PositionedFile, member: str | None, offset: int, size: int) -> Iterator[FormatError]:
-    padding = file.read(offset, size, member)
+def _padding_errors(reader: ShardReader, member: str | None, offset: int, size: int) -> Iterator[FormatError]:
+    padding = reader.raw_bytes(offset, size, member)
     set_bytes = len(padding.lstrip(b"\0"))
     if set_bytes:
         yield FormatError("padding is not all zeros", member=member, offset=offset + size - set_bytes)

@@ -3,12 +3,14 @@
 `python -m benchmarks.format_choices --study distances --dataset cifar10 --teacher-checkpoint FILE --out DIR` trains a
 DBR student for every variant and seed, all else equal, and compares each with the study's first variant, seed by seed.
 Images are whole random training images, so that nothing but the choice in question differs. A cell whose result is in
-DIR is not trained again: several processes may share the seeds between them, and a last call reports on them all.
+DIR, with the same settings behind its name, is not trained again: several processes may share the seeds between them,
+and a last call reports on them all.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +25,7 @@ from matplotlib.figure import Figure
 from benchmarks.command import add_device, add_source, pick_device, run
 from benchmarks.exact_distances import Distances, exact_distances
 from benchmarks.footprint import measure
+from benchmarks.grid import KEY_DIGITS, PLACES
 from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
 from benchmarks.spread import interval, spread
 from benchmarks.student import StudentConfig, train_student
@@ -207,18 +210,12 @@ def run_cells(setup: Setup, source: Source) -> Iterator[Result]:
 
 def run_cell(setup: Setup, source: Source, variant: Variant, seed: int) -> Result:
     """The result of one cell: read where it is there, else built, trained, tested and written."""
-    teacher = file_sha256(setup.teacher_checkpoint)[:10]
-    name = f"{setup.dataset}-ipc{setup.ipc}-e{setup.epochs}-{teacher}-seed{seed}"
-    cell = setup.out / "cells" / f"{name}-{setup.student}-{setup.study}-{variant.name.replace(' ', '-')}.json"
+    cell, dataset = cell_path(setup, variant, seed), dataset_path(setup, variant, seed)
     if cell.is_file():
         return Result(**json.loads(cell.read_text()))
-    settings = "-".join(f"{key}-{value}" for key, value in variant.build.items())
-    dataset = setup.out / "datasets" / f"{name}-{settings or 'default'}"
     if not dataset.is_dir():
-        build(_build_config(setup, variant, seed, dataset))
-    config = StudentConfig(
-        labels="dbr", architecture=setup.student, epochs=setup.epochs, seed=seed, device=setup.device
-    )
+        build(replace(_build_config(setup, variant, seed), out=dataset))
+    config = _student_config(setup, seed)
     if variant.rounding is None:
         student = train_student(dataset, source, config)
     else:
@@ -244,14 +241,45 @@ def run_cell(setup: Setup, source: Source, variant: Variant, seed: int) -> Resul
     return result
 
 
-def _build_config(setup: Setup, variant: Variant, seed: int, out: Path) -> BuildConfig:
+def dataset_path(setup: Setup, variant: Variant, seed: int) -> Path:
+    """The folder of a cell's dataset, which those that are built alike share."""
+    key = _key(_decisive(_build_config(setup, variant, seed)), file_sha256(setup.teacher_checkpoint))
+    return setup.out / "datasets" / f"{setup.dataset}-ipc{setup.ipc}-seed{seed}-{key}"
+
+
+def cell_path(setup: Setup, variant: Variant, seed: int) -> Path:
+    """The file of a cell's result."""
+    dataset = dataset_path(setup, variant, seed).name
+    rounded = None if variant.rounding is None else variant.rounding(_PROBES).tolist()
+    key = _key(dataset, _decisive(_student_config(setup, seed)), rounded)
+    return setup.out / "cells" / f"{dataset}-{setup.study}-{variant.name.replace(' ', '-')}-{key}.json"
+
+
+_PROBES = np.geomspace(1e-4, 20, 1000, dtype=np.float32)
+"""Distances whose rounded values tell one rounding from another."""
+
+
+def _decisive(config: BuildConfig | StudentConfig) -> dict[str, Any]:
+    return {name: value for name, value in asdict(config).items() if name not in PLACES}
+
+
+def _key(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
+
+
+def _student_config(setup: Setup, seed: int) -> StudentConfig:
+    return StudentConfig(labels="dbr", architecture=setup.student, epochs=setup.epochs, seed=seed, device=setup.device)
+
+
+def _build_config(setup: Setup, variant: Variant, seed: int) -> BuildConfig:
+    """The build, into a folder that is not named yet."""
     base = BuildConfig(
         dataset=setup.dataset,
         data_dir=setup.data_dir,
         test_dir=setup.test_dir,
         classes=setup.classes,
         size=setup.size,
-        out=out,
+        out=setup.out,
         work_dir=setup.out / "work" / f"seed{seed}",
         ipc=setup.ipc,
         teacher_checkpoint=setup.teacher_checkpoint,

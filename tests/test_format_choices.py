@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,9 @@ import torch
 from make_dataset import make_tiny_dataset
 
 from benchmarks import format_choices
-from benchmarks.format_choices import STUDIES, ReplacedDistances, Result, Setup, chosen_variants
+from benchmarks.format_choices import STUDIES, ReplacedDistances, Result, Setup, cell_path, chosen_variants
 from benchmarks.teacher import TeacherConfig, train_and_save
+from builders.config import BuildConfig
 from builders.sources import load_source
 from loaders import DBRLoader
 from nrrdd_format.dataset import open_dataset
@@ -81,23 +84,47 @@ def test_rounding_loses_more_with_fewer_bits() -> None:
     assert errors == sorted(errors)
 
 
+SETUP = Setup(
+    study="mixes",
+    variants=chosen_variants("mixes", None),
+    dataset="digits",
+    data_dir=None,
+    test_dir=None,
+    classes=None,
+    size=None,
+    teacher_checkpoint=Path("t"),
+    out=Path("o"),
+    ipc=1,
+    epochs=1,
+    student="conv2",
+    seeds=(0, 1),
+    device="cpu",
+)
+
+
+def test_a_cell_is_kept_for_the_settings_it_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for its name: a default may change behind it."""
+    (tmp_path / "t").write_bytes(b"teacher")
+    setup = replace(SETUP, teacher_checkpoint=tmp_path / "t")
+    half, plain = STUDIES["distances"][1], replace(STUDIES["mixes"][1], name="x")
+
+    def paths() -> list[Path]:
+        return [cell_path(setup, variant, seed=0) for variant in (half, plain)]
+
+    before = paths()
+    assert before[0].name != before[1].name
+    setup = replace(setup, out=tmp_path / "elsewhere", device="cuda")
+    assert [path.name for path in paths()] == [path.name for path in before]
+    half = replace(half, rounding=lambda distances: distances)
+    assert [path.name == old.name for path, old in zip(paths(), before, strict=True)] == [False, True]
+    monkeypatch.setattr(format_choices, "BuildConfig", partial(BuildConfig, mix_group=7))
+    assert paths()[1].name != before[1].name
+    monkeypatch.undo()
+    (tmp_path / "t").write_bytes(b"another teacher")
+    assert paths()[1].name != before[1].name
+
+
 def test_each_variant_stands_beside_the_first_of_its_seed() -> None:
-    setup = Setup(
-        study="mixes",
-        variants=chosen_variants("mixes", None),
-        dataset="digits",
-        data_dir=None,
-        test_dir=None,
-        classes=None,
-        size=None,
-        teacher_checkpoint=Path("t"),
-        out=Path("o"),
-        ipc=1,
-        epochs=1,
-        student="conv2",
-        seeds=(0, 1),
-        device="cpu",
-    )
     tops = {variant.name: (0.5 + number / 100, 0.6 + number / 100) for number, variant in enumerate(STUDIES["mixes"])}
     results = [
         Result(
@@ -114,6 +141,6 @@ def test_each_variant_stands_beside_the_first_of_its_seed() -> None:
         for name, both in tops.items()
         for seed, top in enumerate(both)
     ]
-    lines = format_choices.report(setup, results).splitlines()
+    lines = format_choices.report(SETUP, results).splitlines()
     cells = [cell.strip() for cell in lines[-1].split("|")[1:-1]]
     assert cells == ["64 mixes, one for 10 pairs", "58.00 ± 7.07", "+3.00 ± 0.00", "10", "4.00"]

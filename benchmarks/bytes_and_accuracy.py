@@ -1,13 +1,13 @@
 """Bytes of labels beside the top-1 of students that learned from them, on the same images.
 
 Top-1 comes from a result of `benchmarks.accuracy`. A built dataset is found in it by name, images per class and kind of
-images; its bytes are measured anew, so every kind of label is a point of bytes and accuracy.
+images; its bytes are measured, so every kind of label is a point of bytes and accuracy.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -15,15 +15,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.footprint import codings_of, measure_as, soft_label_bytes
 from benchmarks.grid import image_kind
 from benchmarks.results_io import markdown_table
 from benchmarks.spread import spread
 from builders.assembly import METHOD
-from nrrdd_format.dataset import DistilledDataset
 from nrrdd_format.errors import ConfigError
 from nrrdd_format.files import atomic_write
 from nrrdd_format.manifest import Manifest
+from nrrdd_format.pairs import Coding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,15 @@ class Point:
     top1: tuple[float, ...]
 
 
-def read_points(path: Path, datasets: Sequence[DistilledDataset]) -> list[Point]:
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Bytes of the labels of one dataset: as they lie on disk in each coding it can have, and as fp16 soft labels."""
+
+    coded: Mapping[Coding, int]
+    soft_labels: float
+
+
+def read_points(path: Path, measured: Sequence[tuple[Manifest, Sizes]]) -> list[Point]:
     """The points of every dataset that the result at `path` has students of.
 
     Raises:
@@ -51,23 +58,19 @@ def read_points(path: Path, datasets: Sequence[DistilledDataset]) -> list[Point]
     """
     try:
         cells = json.loads(path.read_text())["cells"]
-        return [point for dataset in datasets for point in _points(cells, dataset)]
+        return [point for manifest, sizes in measured for point in _points(cells, manifest, sizes)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a result of benchmarks.accuracy ({error!r}); give its JSON file") from error
 
 
-def _points(cells: Sequence[dict[str, Any]], dataset: DistilledDataset) -> Iterator[Point]:
-    manifest = dataset.manifest
+def _points(cells: Sequence[dict[str, Any]], manifest: Manifest, sizes: Sizes) -> Iterator[Point]:
     key = {"dataset": manifest.dataset.name, "ipc": manifest.images.ipc, "images": built_kind(manifest)}
     here = [cell for cell in cells if all(cell[name] == value for name, value in key.items())]
-    if not here:
-        return
-    sizes = {coding: measure_as(dataset, coding).labels for coding in codings_of(dataset)}
     stored = [
         ("one-hot", "one-hot: the image's name", 0.0),
-        *(("compact", f"compact, {coding}", size) for coding, size in sizes.items()),
-        *(("dbr", f"DBR, {coding}", size) for coding, size in sizes.items()),
-        ("soft", "soft labels, fp16", soft_label_bytes(dataset)),
+        *(("compact", f"compact, {coding}", size) for coding, size in sizes.coded.items()),
+        *(("dbr", f"DBR, {coding}", size) for coding, size in sizes.coded.items()),
+        ("soft", "soft labels, fp16", sizes.soft_labels),
     ]
     for labels, name, size in stored:
         tops = tuple(100 * cell["top1"] for cell in here if cell["labels"] == labels)

@@ -117,16 +117,6 @@ def _on_disk(member: tarfile.TarInfo) -> int:
     return tar.BLOCK + tar.padded(member.size)
 
 
-def measure_as(dataset: DistilledDataset, coding: Coding) -> Footprint:
-    """Measures the same dataset with its records coded as asked, by writing it.
-
-    Raises:
-        ConfigError: derived coding of pairs that were not drawn by the format's own rule.
-    """
-    with recoded(dataset, coding) as coded:
-        return measure(coded)
-
-
 @contextmanager
 def recoded(dataset: DistilledDataset, coding: Coding) -> Iterator[DistilledDataset]:
     """The dataset with its records coded as asked: itself, or a copy for the time being.

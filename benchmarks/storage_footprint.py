@@ -11,7 +11,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any, get_args
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.bytes_and_accuracy import Point, accuracy_table, plot_points, read_points, title
+from benchmarks.bytes_and_accuracy import Point, Sizes, accuracy_table, plot_points, read_points, title
 from benchmarks.command import run
 from benchmarks.exact_distances import joint_entropy, load_sample
 from benchmarks.fkd_store import Form
@@ -161,8 +161,10 @@ def report(options: argparse.Namespace) -> int:
     if not options.datasets and options.preset is None:
         raise ConfigError(f"nothing to measure: name a dataset's folder, or say --preset {PRESET}")
     datasets = [open_with_shards(path) for path in options.datasets]
-    measured = [measure_coded(dataset, coding) for dataset in datasets for coding in codings_of(dataset)]
-    points = [] if options.accuracy is None else read_points(options.accuracy, datasets)
+    coded = [{coding: measure_coded(dataset, coding) for coding in codings_of(dataset)} for dataset in datasets]
+    measured = [each for codings in coded for each in codings.values()]
+    sizes = [(dataset.manifest, _sizes(codings)) for dataset, codings in zip(datasets, coded, strict=True)]
+    points = [] if options.accuracy is None else read_points(options.accuracy, sizes)
     samples = distance_samples()
     notes = NOTES
     if options.preset is not None:
@@ -199,6 +201,13 @@ def report(options: argparse.Namespace) -> int:
     if options.out is not None:
         _write_results(options.out / f"{facts['date']}-storage", record, f"{text}\n\n{notes}", rows, points)
     return 0
+
+
+def _sizes(codings: Mapping[Coding, Measured]) -> Sizes:
+    return Sizes(
+        coded={coding: measured.footprint.labels for coding, measured in codings.items()},
+        soft_labels=next(iter(codings.values())).soft_label_bytes,
+    )
 
 
 def open_with_shards(path: Path) -> DistilledDataset:

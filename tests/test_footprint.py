@@ -7,6 +7,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ import torch
 from make_dataset import make_tiny_dataset
 from tiny_dataset import tiny_manifest, write_tiny
 
+from benchmarks import footprint, storage_footprint
 from benchmarks import grid as grids
-from benchmarks import storage_footprint
 from benchmarks.exact_distances import load_sample
 from benchmarks.fkd_store import FkdStore
 from benchmarks.footprint import (
@@ -24,8 +25,8 @@ from benchmarks.footprint import (
     fkd_bytes_per_pair,
     in_full_batches,
     measure,
-    measure_as,
     recode,
+    recoded,
     soft_label_bytes,
 )
 from benchmarks.grid import Cell, Grid, build_config, image_kind
@@ -120,8 +121,10 @@ def _assert_equal(left: PairRecords, right: PairRecords) -> None:
 
 
 def test_derived_records_are_smaller(dataset: DistilledDataset) -> None:
-    explicit, derived = measure_as(dataset, "explicit"), measure_as(dataset, "derived")
-    assert explicit == measure(dataset)
+    explicit = measure(dataset)
+    with recoded(dataset, "explicit") as same, recoded(dataset, "derived") as copy:
+        assert same is dataset
+        derived = measure(copy)
     assert derived.records <= explicit.records
     assert (derived.pairs, derived.image_data) == (explicit.pairs, explicit.image_data)
 
@@ -131,8 +134,8 @@ def test_pairs_drawn_by_another_rule_are_not_recoded(tmp_path: Path) -> None:
     manifest = json.loads((path / MANIFEST_NAME).read_text())
     manifest["records"]["seed"] += 1
     (path / MANIFEST_NAME).write_text(json.dumps(manifest))
-    with pytest.raises(ConfigError, match="shard 0, epoch 0"):
-        measure_as(open_dataset(path), "derived")
+    with pytest.raises(ConfigError, match="shard 0, epoch 0"), recoded(open_dataset(path), "derived"):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -285,7 +288,9 @@ METHOD = {
 }
 
 
-def test_top1_joins_the_bytes_of_the_images_it_was_measured_on(tmp_path: Path) -> None:
+def test_top1_joins_the_bytes_of_the_images_it_was_measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recodes = Mock(wraps=footprint.recode)
+    monkeypatch.setattr(footprint, "recode", recodes)
     path = make_tiny_dataset(tmp_path / "data")
     manifest = json.loads((path / MANIFEST_NAME).read_text())
     manifest["method"] = METHOD
@@ -305,6 +310,7 @@ def test_top1_joins_the_bytes_of_the_images_it_was_measured_on(tmp_path: Path) -
     ]
     assert points[0]["bytes"] == 0 and points[1]["bytes"] == measure(open_dataset(path)).labels
     assert written.with_name(written.stem + "-accuracy.png").stat().st_size > 0
+    assert [call.args[1] for call in recodes.call_args_list] == ["derived"]  # once, for bytes and points alike
     assert "50.00 ± 35.36" in written.with_suffix(".md").read_text()
 
 

@@ -48,7 +48,8 @@ examples:
 A shard is bad if `nrrdd verify` finds any problem in it. With --from, it is replaced by the other copy's, if that is
 the file the manifest names, and nothing is dropped; a damaged dataset.json comes from there, too. Without --from, bad
 shards are dropped from dataset.json: each shard is complete in itself, so the others stay as good as they are.
-No file is deleted: a damaged shard-00003.tar is set aside as shard-00003.tar.damaged.
+No file is lost: a damaged shard-00003.tar is set aside as shard-00003.tar.damaged, and where shards are dropped the old
+dataset.json is kept as dataset.json.before. The builder's README.md is written anew then; your own is left alone.
 Exit status: 0 when the dataset is sound now, 1 when it is not (a dry run, or the other copy is damaged as well), 2
 when the command itself is wrong or nothing would be left.
 """
@@ -102,6 +103,7 @@ def run_verify(options: argparse.Namespace) -> int:
     from nrrdd_format.verify import find_problems
 
     _check_drift_options(options)
+    _check_is_dataset(options.path)
     problems = []
     for problem in find_problems(options.path):
         problems.append(problem)
@@ -123,10 +125,11 @@ def run_repair(options: argparse.Namespace) -> int:
 
     repair = repair_dataset(options.path, copy=options.copy, dry_run=options.dry_run)
     sound = not repair.left and not (options.dry_run and (repair.bad or repair.manifest_fault))
+    card = _renew_card(options, repair)
     if options.json:
-        _print_json({"sound": sound, "dry_run": options.dry_run, **_repair_facts(repair)})
+        _print_json({"sound": sound, "dry_run": options.dry_run, **_repair_facts(repair), "card_renewed": card})
     else:
-        print("\n".join(_repair_lines(options, repair)))
+        print("\n".join(_repair_lines(options, repair, card)))
     return 0 if sound else 1
 
 
@@ -175,6 +178,17 @@ def run_reshard(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_is_dataset(path: Path) -> None:
+    """Refuses a path where no part of a dataset lies; one that lost its manifest is a damaged dataset."""
+    from nrrdd_format.manifest import manifest_path
+
+    file = manifest_path(path)
+    if not file.parent.is_dir():
+        raise ConfigError(f"{path}: no such folder, expected a dataset's")
+    if not file.exists() and not any(file.parent.glob("shard-*.tar")):
+        raise ConfigError(f"{path}: holds neither {file.name} nor a shard, expected a dataset's folder")
+
+
 def _check_drift_options(options: argparse.Namespace) -> None:
     if options.teacher_checkpoint is None:
         for name in ("sample", "seed", "device"):
@@ -220,6 +234,15 @@ def _print_verdict(options: argparse.Namespace, problems: int, drift: Drift | No
     print(f"{options.path}: no problems")
 
 
+def _renew_card(options: argparse.Namespace, repair: Repair) -> bool:
+    """Whether the card was written anew, which speaks of the dropped shards."""
+    from builders.card import renew_card
+    from nrrdd_format.manifest import manifest_path
+
+    dropped = bool(repair.dropped) and not options.dry_run
+    return dropped and renew_card(manifest_path(options.path).parent, repair.before, repair.manifest)
+
+
 def _repair_facts(repair: Repair) -> dict[str, Any]:
     m = repair.manifest
     return {
@@ -229,6 +252,7 @@ def _repair_facts(repair: Repair) -> dict[str, Any]:
         "dropped": repair.dropped,
         "left": [one.name for one in repair.left],
         "set_aside": repair.set_aside,
+        "old_manifest": repair.old_manifest,
         "thinned": [asdict(one) for one in repair.thinned],
         "shards": len(m.shards),
         "images": m.images.count,
@@ -236,7 +260,7 @@ def _repair_facts(repair: Repair) -> dict[str, Any]:
     }
 
 
-def _repair_lines(options: argparse.Namespace, repair: Repair) -> Iterator[str]:
+def _repair_lines(options: argparse.Namespace, repair: Repair, card_renewed: bool) -> Iterator[str]:
     would = "would be " if options.dry_run else ""
     if repair.manifest_fault is not None:
         yield repair.manifest_fault
@@ -251,6 +275,9 @@ def _repair_lines(options: argparse.Namespace, repair: Repair) -> Iterator[str]:
             yield f"{one.name}: left as it is, since {options.copy} has no sound copy of it: {one.fault_of_copy}"
     for name in repair.set_aside:
         yield f"the damaged file is kept as {name}"
+    if repair.old_manifest is not None:
+        card = "written anew" if card_renewed else "left as it is, since it is not the builder's for this dataset"
+        yield f"the dataset.json before is kept as {repair.old_manifest}; README.md: {card}"
     yield from _loss_lines(repair)
     yield _outcome(options, repair)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from builders.card import dataset_card
+from builders.card import write_card
 from builders.job import DISTANCES, FURTHER_CLASSES, FURTHER_DISTANCES, MASSES, Job
 from builders.preview import (
     SHOWN_INDICES,
@@ -26,7 +26,6 @@ from builders.preview import (
 from builders.refinement import step_mask
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.errors import OutputError
-from nrrdd_format.files import atomic_write
 from nrrdd_format.manifest import (
     CODEC_EXTENSIONS,
     MANIFEST_NAME,
@@ -130,8 +129,7 @@ def _finish(job: Job, folder: Path, teacher_top1: float | None) -> None:
     entries = [ShardEntry(**job.writing.load_json(ENTRY.format(shard))) for shard in range(len(job.shards))]
     manifest = make_manifest(job, entries, teacher_top1)
     manifest.save(folder / MANIFEST_NAME)
-    with atomic_write(folder / "README.md") as file:
-        file.write(dataset_card(manifest).encode())
+    write_card(folder, manifest)
     _draw_pictures(job, folder)
     for leftover in folder.glob(".*"):
         leftover.unlink()

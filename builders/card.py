@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+from nrrdd_format.files import atomic_write
 from nrrdd_format.manifest import Manifest
 from nrrdd_format.versions import version_text
 
+CARD_NAME = "README.md"
 TEMPLATE = """\
 # {name}, distilled: {ipc} images per class
 
@@ -90,3 +93,18 @@ def dataset_card(manifest: Manifest) -> str:
         class_names=", ".join(manifest.dataset.class_names),
         method=json.dumps(manifest.method, indent=2, sort_keys=True),
     )
+
+
+def write_card(folder: Path, manifest: Manifest) -> None:
+    """Writes the card into a dataset's folder. Raises OutputError."""
+    with atomic_write(folder / CARD_NAME) as file:
+        file.write(dataset_card(manifest).encode())
+
+
+def renew_card(folder: Path, before: Manifest, now: Manifest) -> bool:
+    """Writes the card anew where the dataset has become another; False: it is not the builder's, and was left alone."""
+    path, text = folder / CARD_NAME, dataset_card(before).encode()
+    if not path.is_file() or path.stat().st_size != len(text) or path.read_bytes() != text:
+        return False
+    write_card(folder, now)
+    return True

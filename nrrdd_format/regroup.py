@@ -18,6 +18,7 @@ from nrrdd_format.copies import copy_shard, new_folder
 from nrrdd_format.dataset import open_shard
 from nrrdd_format.errors import ConfigError, FormatError
 from nrrdd_format.manifest import MANIFEST_NAME, Manifest, manifest_path
+from nrrdd_format.rewriting import load_to_rewrite
 from nrrdd_format.shards import ShardEntry
 
 _ROWS = (list, tuple)
@@ -32,16 +33,23 @@ def split_dataset(path: str | os.PathLike[str], outs: Sequence[Path]) -> list[Ma
 
     Raises:
         ConfigError: fewer than two parts, or more than the dataset has shards.
-        FormatError: the dataset is damaged.
+        FormatError: the dataset is damaged, or holds what this version does not know.
         OutputError: a folder exists already or cannot be written.
     """
     file = manifest_path(path)
-    manifest = Manifest.load(file)
+    manifest = load_to_rewrite(file)
     count = len(manifest.shards)
     if len({out.resolve() for out in outs}) != len(outs):
         raise ConfigError("--out: a folder is named twice")
-    if not 2 <= len(outs) <= count:
-        raise ConfigError(f"--out: {len(outs)} folders for {count} shards, expected 2..{count}: a shard stays whole")
+    if len(outs) < 2:
+        raise ConfigError("--out: found one folder, expected two or more: one for each part")
+    if count < 2:
+        raise ConfigError(
+            f"{file.parent}: has {count} shard, and shards stay whole, so it cannot be split: build it with a smaller "
+            "--shard-images"
+        )
+    if len(outs) > count:
+        raise ConfigError(f"--out: {len(outs)} folders for {count} shards, expected 2..{count}: shards stay whole")
     bounds = [count * part // len(outs) for part in range(len(outs) + 1)]
     parts = [manifest.shards[start:stop] for start, stop in pairwise(bounds)]
     with ExitStack() as stack:
@@ -60,13 +68,13 @@ def merge_datasets(parts: Sequence[str | os.PathLike[str]], out: Path) -> Manife
     Raises:
         ConfigError: fewer than two parts; manifests that differ in more than their shards; a shard or an image that
             two parts hold.
-        FormatError: a part is damaged.
+        FormatError: a part is damaged, or holds what this version does not know.
         OutputError: `out` exists already or cannot be written.
     """
     if len(parts) < 2:
         raise ConfigError("merge: found one dataset, expected two or more")
     files = [manifest_path(part) for part in parts]
-    opened = [(file.parent, Manifest.load(file)) for file in files]
+    opened = [(file.parent, load_to_rewrite(file)) for file in files]
     for part in opened[1:]:
         _check_alike(opened[0], part)
     shards = [(folder, entry) for folder, manifest in opened for entry in manifest.shards]

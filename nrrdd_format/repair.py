@@ -1,6 +1,7 @@
 """Repair: fetch damaged shards from another copy of the dataset, or list the dataset anew without them.
 
-No damaged file is ever deleted: it is set aside under a name that ends in `.damaged`. A shard is bad if verification
+No file is ever lost: a damaged one is set aside under a name that ends in `.damaged`, a dataset.json that is written
+anew is kept under one that ends in `.before`. A shard is bad if verification
 finds any problem in it, so a repaired dataset verifies.
 """
 
@@ -20,6 +21,7 @@ from nrrdd_format.errors import ConfigError, FormatError, OutputError
 from nrrdd_format.files import atomic_write
 from nrrdd_format.limits import MAX_MANIFEST_BYTES
 from nrrdd_format.manifest import Manifest, manifest_path
+from nrrdd_format.rewriting import load_to_rewrite
 from nrrdd_format.verify import Problem, shard_problems
 
 THINNED = 0.5
@@ -52,6 +54,8 @@ class ThinnedClass:
 class Repair:
     """What is wrong with a dataset and what becomes of it."""
 
+    before: Manifest
+    """What the dataset was meant to be."""
     manifest: Manifest
     """As it is now; after a dry run, as it would be."""
     manifest_fault: str | None
@@ -61,6 +65,8 @@ class Repair:
     dropped: tuple[str, ...] = ()
     set_aside: tuple[str, ...] = ()
     """The damaged files' names now."""
+    old_manifest: str | None = None
+    """Name of the copy of the manifest that listed the dropped shards."""
     thinned: tuple[ThinnedClass, ...] = ()
 
     @property
@@ -78,7 +84,8 @@ def repair_dataset(
     manifest that cannot be read is taken from the copy. A dry run writes nothing.
 
     Raises:
-        FormatError: the manifest is damaged and there is no sound copy of it; or, without `copy`, every shard is bad.
+        FormatError: the manifest is damaged and there is no sound copy of it; or, without `copy`, every shard is bad or
+            the manifest holds what this version does not know.
         ConfigError: `copy` is the dataset itself, or a shard may not be read by this user.
         OutputError: a file cannot be written or renamed.
     """
@@ -89,7 +96,7 @@ def repair_dataset(
     bad = _find_bad(file.parent, manifest, None if other is None else other.parent)
     if fault is not None:
         _check_same_dataset(file.parent, manifest, bad)
-    found = Repair(manifest=manifest, manifest_fault=fault, bad=bad)
+    found = Repair(before=manifest, manifest=manifest, manifest_fault=fault, bad=bad)
     if other is None:
         return _drop(file, found, dry_run)
     return _fetch(file, other, found, dry_run)
@@ -166,6 +173,7 @@ def _drop(file: Path, found: Repair, dry_run: bool) -> Repair:
     """Lists the dataset anew without its bad shards and sets their files aside."""
     if not found.bad:
         return found
+    load_to_rewrite(file)
     names = tuple(one.name for one in found.bad)
     kept = tuple(entry for entry in found.manifest.shards if entry.name not in names)
     if not kept:
@@ -173,11 +181,12 @@ def _drop(file: Path, found: Repair, dry_run: bool) -> Repair:
     images = replace(found.manifest.images, count=sum(entry.images for entry in kept))
     thinned = _thinned_classes(file.parent, found.manifest, found.bad)
     listed = replace(found.manifest, images=images, shards=kept)
-    aside = []
+    aside, old = [], None
     if not dry_run:
+        old = _keep_copy(file)
         listed.save(file)  # first, so that the manifest never lists a file that was set aside
         aside = [_set_aside(file.parent / name) for name in names if (file.parent / name).exists()]
-    return replace(found, manifest=listed, dropped=names, set_aside=tuple(aside), thinned=thinned)
+    return replace(found, manifest=listed, dropped=names, set_aside=tuple(aside), old_manifest=old, thinned=thinned)
 
 
 def _fetch(file: Path, other: Path, found: Repair, dry_run: bool) -> Repair:
@@ -215,14 +224,27 @@ def _set_aside_if_there(path: Path) -> list[str]:
 
 def _set_aside(path: Path) -> str:
     """Renames a damaged file and returns its new name, which no file had."""
-    names = [f"{path.name}.damaged", *(f"{path.name}.damaged-{number}" for number in range(2, 1000))]
-    free = next((name for name in names if not path.with_name(name).exists()), None)
-    if free is None:
-        raise OutputError(f"{path}: cannot be set aside: {names[-1]} and all before it exist; remove old ones")
+    free = _free_name(path, "damaged")
     try:
         path.rename(path.with_name(free))
     except OSError as error:
         raise OutputError(f"{path}: cannot be renamed to {free} ({error.strerror}); make it writable") from error
+    return free
+
+
+def _keep_copy(path: Path) -> str:
+    """Copies a file that will be written anew and returns the copy's name, which no file had."""
+    name = _free_name(path, "before")
+    with atomic_write(path.with_name(name)) as file:
+        file.write(path.read_bytes())
+    return name
+
+
+def _free_name(path: Path, ending: str) -> str:
+    names = [f"{path.name}.{ending}", *(f"{path.name}.{ending}-{number}" for number in range(2, 1000))]
+    free = next((name for name in names if not path.with_name(name).exists()), None)
+    if free is None:
+        raise OutputError(f"{path}: cannot be set aside: {names[-1]} and all before it exist; remove old ones")
     return free
 
 

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from nrrdd_format.manifest import CODEC_EXTENSIONS, MANIFEST_NAME, Manifest, man
 from nrrdd_format.pairs import PairRecords, cycle_bounds
 from nrrdd_format.priors import Priors
 from nrrdd_format.records import encode_shard_records
+from nrrdd_format.rewriting import load_to_rewrite
 from nrrdd_format.shards import ShardEntry, ShardReader, shard_number, write_shard
 
 
@@ -43,18 +45,21 @@ def reshard_dataset(path: str | os.PathLike[str], images: int, out: Path) -> Res
     and mix_group, explicit coding cannot express the joined pairs, and all records are stored verbatim.
 
     Raises:
-        ConfigError: no two shards would be joined, or a shard would be larger than the format allows.
-        FormatError: the dataset is damaged.
+        ConfigError: there is one shard only, no two would be joined, or a shard would be larger than the format allows.
+        FormatError: the dataset is damaged, or holds what this version does not know.
         OutputError: `out` exists already or cannot be written.
     """
     file = manifest_path(path)
-    before = Manifest.load(file)
+    before = load_to_rewrite(file)
     if not 2 <= images <= MAX_IMAGES:
         raise ConfigError(f"--images: found {images}, expected 2..{MAX_IMAGES}")
-    groups = join_neighbours([entry.images for entry in before.shards], images)
-    if len(groups) == len(before.shards):
-        largest = max((entry.images for entry in before.shards), default=0)
-        raise ConfigError(f"--images: {images} joins no two shards, which hold up to {largest} images; ask for more")
+    sizes = [entry.images for entry in before.shards]
+    if len(sizes) < 2:
+        raise ConfigError(f"{file.parent}: has {len(sizes)} shard, expected two or more to join; nothing to do")
+    groups = join_neighbours(sizes, images)
+    if len(groups) == len(sizes):
+        least = min(a + b for a, b in pairwise(sizes))
+        raise ConfigError(f"--images: {images} joins no two shards, which hold up to {max(sizes)}; ask for {least}")
     recoded = _recoded(before, [before.shards[group.start : group.stop] for group in groups])
     with new_folder(out) as folder:
         entries = tuple(_join(file.parent, before, recoded, group, folder) for group in groups)
@@ -88,7 +93,7 @@ def _recoded(manifest: Manifest, groups: Sequence[Sequence[ShardEntry]]) -> Mani
     verbatim = replace(
         records,
         coding="verbatim",
-        cycle=_closed_group(pairs, records.cycle),
+        cycle=_closed_cycle(pairs, records.cycle),
         mix_group=math.gcd(records.mix_group, *(count for p in pairs for count in p[:-1])),
     )
     codebooks = Codebooks(views=None, mixes=None, distances=manifest.codebooks.distances)
@@ -111,8 +116,8 @@ def _joined_bounds(pairs: Sequence[int], cycle: int) -> NDArray[np.int64]:
     return np.concatenate([*parts, starts[-1:]])
 
 
-def _closed_group(pairs: Sequence[Sequence[int]], cycle: int) -> int:
-    """The least g whose groups cut no cycle of the joined shards in two."""
+def _closed_cycle(pairs: Sequence[Sequence[int]], cycle: int) -> int:
+    """The least g whose cycles cut no cycle of the joined shards in two."""
     joined = [_joined_bounds(p, cycle) for p in pairs]
     candidates = max(joined, key=lambda bounds: int(bounds[-1]))[1:].tolist()
     return int(next(g for g in candidates if all(np.isin(cycle_bounds(b[-1], g), b).all() for b in joined)))

@@ -6,7 +6,8 @@ from nrrdd_format.errors import FormatError, shown
 
 Version = tuple[int, int]
 """Major, minor."""
-KNOWN_MAJORS = (1, 2)
+NEWEST_MINORS = {1: 1, 2: 0}
+"""The newest known minor version of each known major one."""
 
 
 def needed_version(*, priors: int | None, further: int | None) -> Version:
@@ -25,7 +26,7 @@ def check_version(version: object) -> None:
     """Refuses a major version that this reader does not know. Raises FormatError naming all."""
     if not isinstance(version, list) or len(version) != 2 or not all(type(v) is int and v >= 0 for v in version):
         raise FormatError(f"version is {shown(version)}, expected [major, minor]")
-    if version[0] not in KNOWN_MAJORS:
-        known = " and ".join(f"{major}.x" for major in KNOWN_MAJORS)
+    if version[0] not in NEWEST_MINORS:
+        known = " and ".join(f"{major}.x" for major in NEWEST_MINORS)
         found = f"{version[0]}.{version[1]}"
         raise FormatError(f"version is {found}, this reader knows {known}: use a newer nrrdd to read it")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from labelled_dataset import label_dataset
 from make_dataset import make_tiny_dataset
 
 from benchmarks import cli
+from builders.card import CARD_NAME, dataset_card, write_card
 from builders.models import create_model
 from builders.teacher import load_teacher, save_checkpoint
 from nrrdd_format.manifest import MANIFEST_NAME, Manifest
@@ -133,6 +137,22 @@ def test_verify_as_json(dataset: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert found["problems"][1]["offset"] == (dataset / shard_name(1)).stat().st_size - 1
 
 
+def test_verify_of_what_is_no_dataset_ends_with_2(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for path, message in (
+        (tmp_path / "none", "no such folder"),
+        (dataset / shard_name(0), "no such folder"),
+        (tmp_path / "empty", "neither dataset.json nor a shard"),
+    ):
+        assert run("verify", path) == 2
+        assert message in error(capsys)
+    (dataset / MANIFEST_NAME).unlink()
+    assert run("verify", dataset) == 1
+    assert "dataset.json: cannot be read" in output(capsys)
+
+
 def test_verify_points_to_repair(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage(dataset / shard_name(1))
     assert run("verify", dataset) == 1
@@ -222,6 +242,25 @@ def test_repair_says_what_is_lost(dataset: Path, capsys: pytest.CaptureFixture[s
     assert (found["sound"], found["bad"], found["shards"]) == (True, [], 2)
 
 
+def test_repair_keeps_the_old_manifest_and_renews_the_card(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, manifest = Manifest.load(dataset / MANIFEST_NAME), (dataset / MANIFEST_NAME).read_bytes()
+    write_card(dataset, before)
+    damage(dataset / shard_name(2))
+    assert run("repair", dataset, "--dry-run") == 1
+    assert (dataset / CARD_NAME).read_text() == dataset_card(before)
+    assert "dataset.json.before" not in output(capsys)
+    assert run("repair", dataset) == 0
+    assert "dataset.json before is kept as dataset.json.before; README.md: written anew" in output(capsys)
+    assert (dataset / "dataset.json.before").read_bytes() == manifest
+    assert (dataset / CARD_NAME).read_text() == dataset_card(Manifest.load(dataset / MANIFEST_NAME))
+    (dataset / CARD_NAME).write_text("my own words")
+    damage(dataset / shard_name(1))
+    assert run("repair", dataset, "--json") == 0
+    found = json.loads(output(capsys))
+    assert (found["old_manifest"], found["card_renewed"]) == ("dataset.json.before-2", False)
+    assert (dataset / CARD_NAME).read_text() == "my own words"
+
+
 def test_repair_as_json(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = shutil.copytree(dataset, tmp_path / "copy")
     for number in (1, 2):
@@ -303,6 +342,54 @@ def test_reshard_says_what_verbatim_records_cost(tmp_path: Path, capsys: pytest.
         "verbatim",
         1,
     )
+
+
+def test_a_single_shard_can_be_neither_split_nor_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_tiny_dataset(tmp_path / "data", shards=1)
+    assert run("split", data, "--out", tmp_path / "a", tmp_path / "b") == 2
+    assert "has 1 shard, and shards stay whole, so it cannot be split: build it with a smaller" in error(capsys)
+    assert run("reshard", data, "--images", 100, "--out", tmp_path / "c") == 2
+    assert "has 1 shard, expected two or more to join" in error(capsys)
+
+
+def with_manifest(folder: Path, *changes: tuple[tuple[str, ...], object]) -> Path:
+    """Sets values in dataset.json."""
+    content: Any = json.loads((folder / MANIFEST_NAME).read_bytes())
+    for (*sections, key), value in changes:
+        reduce(operator.getitem, sections, content)[key] = value
+    (folder / MANIFEST_NAME).write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ((("version",), [1, 7]), "version is 1.7, this nrrdd writes 1.1 and would lose what came later"),
+        ((("records", "weights"), [1]), "records.weights is not known to this nrrdd, which would lose it"),
+        ((("shards", 1, "mirror"), "x"), r"shards[1].mirror is not known"),
+    ],
+)
+def test_what_a_newer_version_brought_is_not_dropped(
+    dataset: Path, tmp_path: Path, change: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_manifest(dataset, change)
+    out = tmp_path / "out"
+    assert run("verify", dataset) == 0
+    assert run("split", dataset, "--out", out, tmp_path / "b") == 2 and message in error(capsys)
+    assert run("merge", dataset, dataset, "--out", out) == 2 and message in error(capsys)
+    assert run("reshard", dataset, "--images", 100, "--out", out) == 2 and message in error(capsys)
+    assert run("repair", dataset) == 0  # nothing is bad
+    damage(dataset / shard_name(1))
+    before = (dataset / MANIFEST_NAME).read_bytes()
+    capsys.readouterr()
+    assert run("repair", dataset) == 2 and message in error(capsys)
+    assert (dataset / MANIFEST_NAME).read_bytes() == before
+
+
+def test_keys_that_say_nothing_are_no_loss(dataset: Path, tmp_path: Path) -> None:
+    with_manifest(dataset, (("records", "priors"), None), (("later",), None), (("method", "mine"), {"a": 1}))
+    assert run("split", dataset, "--out", tmp_path / "a", tmp_path / "b") == 0
+    assert Manifest.load(tmp_path / "a" / MANIFEST_NAME).method["mine"] == {"a": 1}
 
 
 @pytest.mark.parametrize("verb", ["repair", "split", "merge", "reshard"])

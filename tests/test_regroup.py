@@ -69,7 +69,11 @@ def test_parts_are_neighbours(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("names", "message"),
-    [(["a"], "1 folders for 5 shards"), ([*"abcdef"], "6 folders for 5 shards"), (["a", "b", "a"], "named twice")],
+    [
+        (["a"], "found one folder"),
+        ([*"abcdef"], "6 folders for 5 shards"),
+        (["a", "b", "a"], "named twice"),
+    ],
 )
 def test_numbers_of_parts_that_cannot_be(folder: Path, tmp_path: Path, names: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

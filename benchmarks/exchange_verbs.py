@@ -33,7 +33,8 @@ examples:
 RELABEL_DIR holds epoch_0/batch_0.tar, …; --images the images it was made from, in class folders, all square, of one
 size and one codec. They are copied byte for byte. Of the logits two distances a pair are kept.
 The store does not say which images a batch shows; torch's RandomSampler with the store's seed does. With another seed
-the logits have nothing to do with the images' labels, and the import is refused.
+the logits have nothing to do with the images' labels, and the import is refused; so it is where there are too few
+pairs to tell.
 classes.txt beside the class folders may name the classes: a line for each folder, sorted: the folder, a tab, the name,
 and maybe a tab and the WNID. A teacher that is not stated is "unknown", its SHA-256 64 zeros.
 """
@@ -104,7 +105,8 @@ def run_import(options: argparse.Namespace) -> int:
 def _sentence(out: Path, facts: ImportFacts) -> str:
     return (
         f"{out}: {facts.images} images, {facts.epochs} epochs, {facts.pairs} pairs; "
-        f"the highest logit is at one of the pair's classes in {facts.agreement:.1%}\n"
+        f"the highest logit is at one of the pair's classes in {facts.agreement:.1%}, by chance {facts.chance:.1%}: "
+        f"a wrong order of images comes to that with a probability below {max(facts.doubt, 1e-9):.1g}\n"
         f"labels: {facts.label_bytes:,} bytes, {facts.label_bytes / facts.pairs:.2f} a pair; the store: "
         f"{facts.store_bytes:,} bytes, {facts.store_bytes / facts.pairs:.2f} a pair, {facts.ratio:.1f} times as many"
     )

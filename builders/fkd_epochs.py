@@ -8,6 +8,7 @@ Shapes: n images, P pairs an epoch, B pairs a batch, K classes, S the side in pi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from nrrdd_format.pairs import PairRecords
 
 LEAST_GAIN = 0.1
 """Share of the way from chance to 1 that the agreement of logits and labels must come, where nothing else is asked."""
+MOST_DOUBT = 0.01
+"""Highest `EpochReader.doubt` of a store that is taken, where nothing else is asked."""
 _WHICH_IMAGES = "are these the images that the store was made from, and all of them?"
 
 
@@ -112,7 +115,9 @@ class EpochReader:
     """Reads the epochs of a store in turn, and counts what is only known when all have been read.
 
     Attributes:
-        agreed: pairs so far whose highest logit is that of one of their two classes.
+        pairs: so far.
+        agreed: of these, how many have their highest logit at one of their two classes.
+        agreed_by_chance: how many would on average, were the images in an order that has nothing to do with the logits.
         bytes: of the files read so far.
     """
 
@@ -124,8 +129,22 @@ class EpochReader:
         self._temperature = temperature
         self._min_agreement = min_agreement
         self._kinds: set[MixKind] = set()
+        self.pairs = 0
         self.agreed = 0
+        self.agreed_by_chance = 0.0
         self.bytes = 0
+
+    @property
+    def doubt(self) -> float:
+        """Probability, at most, that as many pairs agree in an order that has nothing to do with the logits.
+
+        The Chernoff bound exp(−P · KL), of half the pairs, since every image stands in two.
+        """
+        share, chance = self.agreed / self.pairs, self.agreed_by_chance / self.pairs
+        if share <= chance:
+            return 1.0
+        terms = ((share, chance), (1 - share, 1 - chance))
+        return math.exp(-self.pairs / 2 * sum(p * math.log(p / q) for p, q in terms if p))
 
     @property
     def mix(self) -> MixKind:
@@ -136,12 +155,14 @@ class EpochReader:
         """The pairs of each epoch, in order.
 
         Raises:
-            FormatError: a damaged or missing file, or logits that have nothing to do with the images' labels.
+            FormatError: a damaged or missing file, logits that have nothing to do with the images' labels, or too few
+                pairs to tell.
         """
         orders = sampler_orders(len(self._source.files), self._sampler_seed)
         with Progress(self._source.epochs * self._source.batches, "import", "batch") as progress:
             for epoch in range(self._source.epochs):
                 yield self._epoch(epoch, next(orders), progress)
+        self._check_doubt()
 
     def _epoch(self, epoch: int, order: NDArray[np.int64], progress: Progress) -> PairRecords:
         source, labels = self._source, self._source.files.labels
@@ -174,7 +195,9 @@ class EpochReader:
         chance = float(np.where(alone, shares, 1 - (1 - shares) ** 2).mean())
         noise = (chance * (1 - chance) / pairs) ** 0.5
         least = min(1.0, chance + max(LEAST_GAIN * (1 - chance), 2 * noise))
+        self.pairs += pairs
         self.agreed += int(agreed.sum())
+        self.agreed_by_chance += chance * pairs
         if agreed.mean() >= (least if self._min_agreement is None else self._min_agreement):
             return
         raise FormatError(
@@ -183,6 +206,16 @@ class EpochReader:
             f"the store's (here {self._sampler_seed}), or other images; accept it as it is with --min-agreement",
             path=batch_path(self._source.store, epoch, 0).parent,
         )
+
+    def _check_doubt(self) -> None:
+        """Refuses a store of so few pairs that their agreement, high as it is, may be chance."""
+        if self._min_agreement is None and self.doubt > MOST_DOUBT:
+            raise FormatError(
+                f"the highest logit is at one of the pair's two classes in {self.agreed} of {self.pairs} pairs, "
+                f"by chance in {self.agreed_by_chance:.1f}: too few to tell whether --sampler-seed "
+                f"{self._sampler_seed} is the store's; take more epochs, or, if you know it is, give --min-agreement",
+                path=self._source.store,
+            )
 
 
 def batch_records(

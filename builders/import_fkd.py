@@ -83,6 +83,8 @@ class ImportFacts:
         store_bytes: the batch files that were read.
         label_bytes: the new dataset without its images: record blocks, shard header and manifest.
         agreement: share of pairs whose highest logit is that of one of their two classes.
+        chance: that share in an order of images that has nothing to do with the logits.
+        doubt: probability, at most, that such an order comes to that agreement.
     """
 
     images: int
@@ -91,6 +93,8 @@ class ImportFacts:
     store_bytes: int
     label_bytes: int
     agreement: float
+    chance: float
+    doubt: float
 
     @property
     def ratio(self) -> float:
@@ -117,7 +121,7 @@ def import_fkd(config: ImportConfig) -> ImportFacts:
             min_agreement=config.min_agreement,
         )
         entry = _write(folder / shard_name(0), source, manifest, reader)
-        agreement = reader.agreed / (source.epochs * source.pairs)
+        agreement = reader.agreed / reader.pairs
         manifest = replace(
             manifest,
             images=replace(manifest.images, count=entry.images),
@@ -131,10 +135,12 @@ def import_fkd(config: ImportConfig) -> ImportFacts:
         return ImportFacts(
             images=entry.images,
             epochs=source.epochs,
-            pairs=source.epochs * source.pairs,
+            pairs=reader.pairs,
             store_bytes=reader.bytes,
             label_bytes=_label_bytes(entry, source.files, folder),
             agreement=agreement,
+            chance=reader.agreed_by_chance / reader.pairs,
+            doubt=reader.doubt,
         )
 
 

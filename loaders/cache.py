@@ -136,7 +136,7 @@ class ShardCache:
     def _evict(self, limit: int, entry: ShardEntry) -> None:
         """Removes what a killed process left, then the shards held longest ago that nobody holds, as far as needed."""
         files = [file for file in self._root.glob("*/shard-*") if file.suffix in (".tar", ".part")]
-        sizes = {file: file.stat().st_size for file in files}
+        sizes = {file: _size(file) for file in files}
         for file in sorted(files, key=lambda file: (file.suffix == ".tar", _modified(file))):
             if sum(sizes.values()) + entry.bytes <= limit:
                 return
@@ -189,6 +189,14 @@ def _locked(descriptor: int, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file; 0: it has gone, as a .part does when its fetch fails."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _modified(file: Path) -> int:

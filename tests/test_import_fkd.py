@@ -162,6 +162,25 @@ def test_logits_of_other_images_are_refused(images: Path, tmp_path: Path, epoch:
     assert list(tmp_path.glob("*data*")) == []
 
 
+def test_pairs_that_agree_by_chance_are_too_few_to_tell(tmp_path: Path) -> None:
+    """With six pairs, every 35th wrong seed or so makes all of them agree."""
+    images = make_images(tmp_path / "images", folders=FOLDERS, each=2, size=SIZE)
+    store = make_store(tmp_path / "store", images, epochs=1, batch=BATCH, sure=20)
+    for seed in range(60):
+        with pytest.raises(FormatError, match="--min-agreement"):
+            import_fkd(ImportConfig(store=store, images=images, out=tmp_path / "data", sampler_seed=seed))
+    with pytest.raises(FormatError, match=r"in 6 of 6 pairs, by chance in 2\.9: too few to tell whether .*seed 42 is"):
+        _import(store, images, tmp_path / "data")
+    _, facts = _import(store, images, tmp_path / "data", min_agreement=1)
+    assert facts.agreement == 1 and 0.1 < facts.doubt < 0.2
+
+
+def test_more_pairs_leave_less_doubt(images: Path, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", images, epochs=3, batch=BATCH, sure=20)
+    doubts = [_import(store, images, tmp_path / f"{n}", epochs=n)[1].doubt for n in (1, 2, 3)]
+    assert 1e-2 > doubts[0] > 10 * doubts[1] > 100 * doubts[2] > 0
+
+
 def test_the_agreement_asked_for_is_what_counts(images: Path, tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", images, seed=1, batch=BATCH, sure=20)
     _, facts = _import(store, images, tmp_path / "seed", sampler_seed=1)

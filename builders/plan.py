@@ -23,7 +23,17 @@ from builders import measurements
 from builders.assembly import ENTRY, check_manifest, is_built
 from builders.config import BuildConfig
 from builders.discovery import class_groups
-from builders.job import BATCH_ARRAY, CLASS_ARRAY, CLASS_JSON, DISTANCES, SHARD_BYTES, Job, prepare
+from builders.job import (
+    BATCH_ARRAY,
+    CLASS_ARRAY,
+    CLASS_JSON,
+    DISTANCES,
+    MASSES,
+    PRIOR_EPOCHS,
+    SHARD_BYTES,
+    Job,
+    prepare,
+)
 from builders.pipeline import check_teacher, refuse_small_classes
 from builders.prefetch import reading_threads
 from builders.quantities import shown_duration, shown_size
@@ -166,6 +176,7 @@ def _labelling(job: Job, images: NDArray[np.uint8]) -> list[StagePlan]:
             count * image_bytes,
         ),
         _stage(job.relabeling, "relabel", "epoch", distances, lambda: count * labels.seconds, _label_bytes(job, count)),
+        *_priors(job, count, labels.seconds),
         _stage(
             job.writing,
             WRITE,
@@ -175,6 +186,15 @@ def _labelling(job: Job, images: NDArray[np.uint8]) -> list[StagePlan]:
             stored,
         ),
     ]
+
+
+def _priors(job: Job, count: float, seconds: float) -> list[StagePlan]:
+    """The stage that finds the priors of shards with so many images, where the build has it; `seconds` label a pair."""
+    if job.settings.records.priors is None:
+        return []
+    files = map(MASSES.format, range(len(job.shards)))
+    size = 4 * count * job.num_classes + ARRAY_HEADER
+    return [_stage(job.priors, "priors", "shard", files, lambda: PRIOR_EPOCHS * count * seconds, size)]
 
 
 def _label_bytes(job: Job, count: float) -> float:

@@ -104,11 +104,12 @@ def test_what_is_done_is_counted_and_not_measured(source: Path, tmp_path: Path) 
     found = stages(config(source, tmp_path / "more", work_dir=work))
     assert (found["refine"].left, found["encode"].left) == (1, 0)
     assert found["refine"].seconds > 0
+    assert stages(config(source, tmp_path / "priors", work_dir=work, priors=1))["priors"].left == 2
 
 
 def test_sizes_are_near_those_of_the_build(source: Path, tmp_path: Path) -> None:
     """Noise compresses alike before and after refinement; distances of an untrained teacher are all the same."""
-    here = config(source, tmp_path / "out", iterations=0, further=1)
+    here = config(source, tmp_path / "out", iterations=0, further=1, priors=2)
     found = stages(here)
     build(here)
     folders = {path.name.partition("-")[0]: path for path in (tmp_path / "out.work").iterdir() if path.is_dir()}
@@ -117,6 +118,7 @@ def test_sizes_are_near_those_of_the_build(source: Path, tmp_path: Path) -> None
         ("refine", "refinement", "*.npy"),
         ("encode", "encoding", "*.msgpack"),
         ("relabel", "relabeling", "*.npy"),
+        ("priors", "priors", "*.npy"),
     ):
         size = sum(path.stat().st_size for path in folders[folder].glob(pattern))
         assert found[name].total * found[name].bytes == pytest.approx(size, rel=0.1), name

@@ -497,6 +497,16 @@ def test_a_limit_counts_other_datasets_and_what_killed_processes_left(server: Da
     assert names(tmp_path) == {entries[0].name}
 
 
+def test_a_file_that_goes_while_room_is_made_takes_none(server: DatasetServer, tmp_path: Path) -> None:
+    """As a .part does when its fetch fails; a link to nothing stands for it here."""
+    _, entries = shard_cache(server, tmp_path)
+    shared, _ = shard_cache(server, tmp_path, limit=entries[0].bytes)
+    shared.folder.mkdir()
+    (shared.folder / "shard-00009.tar.part").symlink_to(tmp_path / "gone")
+    shared.hold(entries[:1])
+    assert shared.path(entries[0]).is_file()
+
+
 def test_shards_that_are_read_stay(server: DatasetServer, tmp_path: Path) -> None:
     _, entries = shard_cache(server, tmp_path)
     limit = sum(entry.bytes for entry in entries[:2])

@@ -56,8 +56,14 @@ def is_built(job: Job) -> bool:
     out = job.config.out
     if not out.exists():
         return False
-    if (out / MANIFEST_NAME).is_file() and Manifest.load(out / MANIFEST_NAME).method.get("build_key") == job.key:
-        return True
+    found = Manifest.load(out / MANIFEST_NAME) if (out / MANIFEST_NAME).is_file() else None
+    if found is not None and found.method.get("build_key") == job.key:
+        if len(found.shards) == len(job.shards):
+            return True
+        raise OutputError(
+            f"{out}: holds {len(found.shards)} of this build's {len(job.shards)} shards (a part, or repaired without "
+            f"bad ones); move it away, and the same command builds it anew"
+        )
     raise OutputError(
         f"{out}: something else is there already (another dataset, or one built from other settings); "
         f"move it away or choose another --out"

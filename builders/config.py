@@ -179,7 +179,7 @@ def pair_teachers(architectures: Sequence[str], checkpoints: Sequence[Path]) -> 
 
 MAKING_OPTIONS = (
     *("init", "confidence", "crop_score", "beta"),
-    *("iterations", "batch_size", "learning_rate", "schedule", "epsilon"),
+    *("iterations", "batch_size", "learning_rate", "schedule", "mask", "epsilon", "cam_every"),
     *("alpha_bn", "alpha_lr", "label_refinement", "jitter", "precision"),
 )
 """Options of discovery and refinement, which given images do not go through."""
@@ -280,6 +280,8 @@ class BuildConfig:
         _at_least("--alpha-lr", self.alpha_lr, 0)
         if self.threads is not None:
             _at_least("--threads", self.threads, 1)
+        if self.min_teacher_top1 is not None:
+            _between("--min-teacher-top1", self.min_teacher_top1, 0, 1)
         if self.view_scale is not None:
             _positive("--view-scale", self.view_scale)
             _between("--view-scale", self.view_scale, 0, 1)
@@ -401,7 +403,7 @@ def _check_beta(beta: int, size: int) -> None:
 
 
 def _at_least(option: str, value: float, low: float) -> None:
-    if not value >= low:
+    if not low <= value < math.inf:
         raise ConfigError(f"{option}: found {value}, expected {low} or more")
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from nrrdd_format.errors import RankError
+from nrrdd_format.errors import ConfigError, RankError
 
 Unit = TypeVar("Unit")
 
@@ -65,12 +65,12 @@ class Ranks:
             tqdm.write(message, file=sys.stderr)
 
     def device(self, name: str) -> torch.device:
-        """`auto` is this rank's GPU where there is one."""
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cuda":
-            return torch.device("cuda", self.local_rank % max(1, torch.cuda.device_count()))
-        return torch.device(name)
+        """`auto` is this rank's GPU where there is one. Raises ConfigError for `cuda` where there is none."""
+        if name == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device: found cuda, but torch sees no GPU; leave the option out or say cpu")
+        if name == "cpu" or not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
 
 @contextmanager

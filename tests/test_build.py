@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from builders.ranks import Ranks
 from builders.teacher import save_checkpoint
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.errors import ConfigError, DataError, OutputError, TeacherError
+from nrrdd_format.repair import repair_dataset
 from nrrdd_format.replay import decode_image, plan_batch, replay, stack_images
 from nrrdd_format.verify import verify_dataset
 
@@ -327,6 +329,20 @@ def test_output_of_something_else_in_the_way_is_left_alone(source: Path, referen
     assert _content(reference) == before
 
 
+def test_a_dataset_that_lost_shards_is_not_taken_for_the_whole(source: Path, reference: Path, tmp_path: Path) -> None:
+    part = shutil.copytree(reference, tmp_path / "part")
+    (part / "shard-00001.tar").unlink()
+    repair_dataset(part)
+    with pytest.raises(OutputError, match=r"holds 1 of this build's 2 shards .*move it away"):
+        build(_config(source, part))
+
+
+def test_a_gpu_that_is_not_there_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="--device: found cuda, but torch sees no GPU"):
+        build(_config(source, tmp_path / "out", device="cuda"))
+
+
 def test_imagenet_without_data_says_in_one_line_what_is_missing(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "builders", "--dataset", "imagenet", "--ipc", "200"],
@@ -357,6 +373,8 @@ def test_imagenet_without_data_says_in_one_line_what_is_missing(tmp_path: Path) 
         ({"temperature": 5000.0}, "--temperature: found 5000"),
         ({"seed": 2**63}, "--seed: found 9223372036854775808"),
         ({"epochs": 70000}, "--epochs: found 70000"),
+        ({"alpha_bn": float("inf")}, "--alpha-bn: found inf"),
+        ({"min_teacher_top1": 85.0}, "--min-teacher-top1: found 85"),
         ({"shard_images": 20000}, "--shard-images: found 20000"),
     ],
 )

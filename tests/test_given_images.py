@@ -20,8 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
-from builders.cli import main, parse
-from builders.config import BuildConfig, EncodingSettings
+from builders.cli import main, make_parser, parse
+from builders.config import MAKING_OPTIONS, BuildConfig, EncodingSettings
 from builders.given_images import GivenImages, find_folders, match_classes, stored_bytes, take_given
 from builders.inputs import load_inputs
 from builders.models import create_model
@@ -457,7 +457,16 @@ def test_ipc_or_given_images_are_required(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize(
-    "change", [{"iterations": 5}, {"beta": 4}, {"jitter": True}, {"confidence": "random"}, {"alpha_bn": 1.0}]
+    "change",
+    [
+        {"iterations": 5},
+        {"beta": 4},
+        {"jitter": True},
+        {"confidence": "random"},
+        {"alpha_bn": 1.0},
+        {"mask": "all"},
+        {"cam_every": 5},
+    ],
 )
 def test_options_of_what_is_not_done_are_refused(change: dict[str, Any]) -> None:
     name = next(iter(change)).replace("_", "-")
@@ -465,3 +474,8 @@ def test_options_of_what_is_not_done_are_refused(change: dict[str, Any]) -> None
         BuildConfig(dataset="digits", out=Path("x"), ipc=0, from_images=Path("syn"), **change)
     with pytest.raises(ConfigError, match="--images-method: found without --from-images"):
         BuildConfig(dataset="digits", out=Path("x"), ipc=1, images_method="RDED")
+
+
+def test_every_option_of_making_images_is_among_them() -> None:
+    groups = {str(group.title)[:7]: group._group_actions for group in make_parser()._action_groups}
+    assert {action.dest for stage in ("stage 1", "stage 2") for action in groups[stage]} == set(MAKING_OPTIONS)

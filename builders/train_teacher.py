@@ -164,6 +164,8 @@ class _Trainer:
                 images = augment(images, flip=self.source.flip, seed=self.run.seed, epoch=epoch, step=step)
                 totals += self._step(images, labels.to(self.device))
                 seen += len(labels)
+        if not seen:
+            raise DataError("hardly any training image is usable, so no batch has two; check --data-dir's files")
         loss, right = totals.tolist()
         return EpochReport(
             epoch=epoch, loss=loss / seen, train_top1=right / seen, seconds=time.perf_counter() - started

@@ -517,6 +517,11 @@ def test_large_images_are_read_by_workers(tmp_path: Path) -> None:
     assert digest(train(large, architecture="conv3-w4", epochs=2, batch_size=8, workers=1)) == digest(here)
 
 
+def test_large_images_none_of_which_is_usable(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="hardly any training image is usable"):
+        train(source(72, train=folder(tmp_path, 72, 4, broken=4)), architecture="conv3-w4", epochs=1, batch_size=2)
+
+
 @pytest.mark.gpu
 def test_training_on_a_gpu() -> None:
     trained = train(source(), epochs=8, device="cuda", bf16=True)

@@ -233,7 +233,7 @@ def make_terms(config: StudentConfig, manifest: Manifest) -> BatchTerms:
     if config.labels in ("soft", "soft-top5"):
         return _soft_terms(load_dataset_teacher(manifest, config.teacher_checkpoint, config.device), config)
     losses = {
-        "compact": CompactLoss(),
+        "compact": CompactLoss(temperature=manifest.records.temperature),
         "dbr-completed": CompletedDBRLoss(temperature=manifest.records.temperature),
         "one-hot": OneHotLoss(),
     }

@@ -136,12 +136,21 @@ class CompactLoss(nn.Module):
     """Cross-entropy to the teacher's probabilities of the two classes, scaled to sum to one.
 
     That is softmax(-d_org, -d_aug): a distribution even where quantised distances give p_i + p_j > 1.
+
+    Args:
+        temperature: softmax temperature of the student; must be the teacher's
+            (`DBRLoader.dataset_info.temperature`).
     """
+
+    def __init__(self, *, temperature: float = 1.0) -> None:
+        super().__init__()
+        _require(temperature > 0, f"temperature: found {temperature}, expected more than 0")
+        self.temperature = temperature
 
     def forward(self, logits: Tensor, batch: DBRBatch) -> Tensor:
         """The loss of logits (B, C): a float32 scalar."""
         _check_sizes(logits, batch)
-        log_p = _log_softmax(logits)
+        log_p = _log_softmax(logits, self.temperature)
         shares = torch.stack([-batch.distance_org, -batch.distance_aug]).softmax(0)
         distances = torch.stack([_distance(log_p, batch.label_org), _distance(log_p, batch.label_aug)])
         # With one class both shares fall on the same distance and sum to one, so it counts once.

@@ -187,6 +187,18 @@ def test_compact() -> None:
     assert CompactLoss()(LOGITS, BATCH).item() == pytest.approx(mean(expected), rel=1e-5)
 
 
+def test_compact_labels_meet_the_student_at_the_teachers_temperature() -> None:
+    """A student with the teacher's logits has no gradient along the two classes, at whatever temperature."""
+    batch = replace(BATCH, distance_org=torch.tensor([0.5]), distance_aug=torch.tensor([1.5]))
+    one = replace(batch, label_org=torch.tensor([0]), label_aug=torch.tensor([1]), lam=torch.tensor([0.5]))
+    logits = torch.tensor([[-2.0 * 0.5, -2.0 * 1.5, -1e4]], requires_grad=True)
+    CompactLoss(temperature=2.0)(logits, one).backward()  # type: ignore[no-untyped-call]
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad, torch.zeros_like(logits), atol=1e-5, rtol=0)
+    with pytest.raises(ConfigError, match="temperature"):
+        CompactLoss(temperature=0)
+
+
 def test_compact_labels_sum_to_one_where_the_stored_probabilities_exceed_it() -> None:
     """Both distances 0.1: p_i + p_j = 1.81, yet each class gets one half."""
     logits = torch.tensor([[0.5, 0.25, 0.25]]).log()

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from builders.config import DiscoverySettings, RefinementSettings
 from builders.discovery import Eyes, class_groups, discover_groups
 from builders.folders import list_classes
 from builders.image_sets import FolderImages
+from builders.passes import Passes
 from builders.prefetch import read_ahead
 from builders.refinement import Objective, refine_batch
 from builders.relabel import relabel_epoch
@@ -58,12 +59,14 @@ SOURCE_CLASSES = 10
 
 NOTES = """\
 *plain recovery* is SRe2L's loop written plainly (`benchmarks/plain_recover.py`): one pass of the teacher a step. *nrrdd
-without label refinement* does the same work; *nrrdd* has the second pass, on mixed images, that NRR-DD adds. On a GPU
+without label refinement* does the same work; *nrrdd* has the second pass, on mixed images, that NRR-DD adds.
+*compiled*: through torch.compile (`--compile on`). *First call*: wall time of an untimed call, which compiles. On a GPU
 ms are wall time; on a CPU they are the cores' own time, which other work on the machine stretches far less, so that
 every figure is one core's. TFLOP/s count convolutions and linear layers, and stand beside what a large matrix product
 reaches in the same precision in the same run. Hours: images of ImageNet-1k times 2000 iterations at that ms. Cosine:
-between the gradient in bf16 and in fp32 at the same pixels, the least over five steps. Peak memory: the process's (CPU)
-or what torch allocated (GPU). *teacher alone*: as many forward passes as the stage makes, on images that are ready.
+between a gradient and the one in fp32, not compiled, at the same pixels, the least over five steps. Peak memory: the
+process's (CPU) or what torch allocated (GPU). *teacher alone*: as many forward passes as the stage makes, on images
+that are ready.
 """
 
 
@@ -78,11 +81,24 @@ class Bench:
     source: FolderImages
     iterations: int
     threads: int
+    compile: bool
+    """Whether compiled rows are wanted beside the others."""
 
     @property
     def model(self) -> nn.Module:
         """The teacher's network."""
         return self.eyes.activation.model
+
+    @property
+    def ways(self) -> dict[str, RefinementSettings]:
+        """The forms in which refinement is timed."""
+        return {
+            f"{precision}, compiled" if is_compiled else precision: replace(
+                _settings(self), precision=precision, compile=is_compiled
+            )
+            for is_compiled in ((False, True) if self.compile else (False,))
+            for precision in _PRECISIONS
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +125,7 @@ class Timing:
         ms: the one that counts: on a GPU wall time, on a CPU the cores' own, so that other work on the machine,
             which stretches wall time alone, changes no figure much.
         repeats: each repeat's own ms.
+        first_s: wall seconds of the untimed call before them.
         peak: bytes, the largest of all repeats; None where the system does not tell.
         tflops: achieved, where they are counted.
     """
@@ -119,6 +136,7 @@ class Timing:
     wall_ms: float
     processor_ms: float
     repeats: tuple[float, ...]
+    first_s: float
     peak: int | None
     tflops: float | None
 
@@ -141,6 +159,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=20, metavar="B", help="images refined together (20)")
     parser.add_argument("--iterations", type=int, default=3, metavar="N", help="steps timed in a repeat (3)")
     parser.add_argument("--source-images", type=int, default=500, metavar="N", help="JPEGs of discovery (500)")
+    parser.add_argument("--compile", choices=("on", "off"), default="on", help="rows of compiled refinement (on)")
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="of every case (5)")
     parser.add_argument(
         "--threads", type=int, default=usable_cores(), metavar="N", help="torch's and reading (all cores)"
@@ -161,13 +180,13 @@ def report(options: argparse.Namespace) -> int:
         bench, architecture = make_bench(options, Path(folder))
         timings = measure(list(make_cases(bench)), options.repeats, bench.eyes.device, forward_flops(bench))
         rates = {name: matmul_rate(bench.eyes.device, dtype) for name, dtype in _TYPES.items()}
-        cosine = least_cosine(bench)
-    text = tables(timings, rates, cosine, options)
+        cosines = {name: least_cosine(bench, way) for name, way in bench.ways.items() if name != "fp32"}
+    text = tables(timings, rates, cosines)
     print(f"{text}\n{NOTES}")
     if options.out is not None:
         facts = provenance(MODULE, seeds=[SEED])
         stem = f"{facts['date']}-builder-throughput-{architecture}-{options.size}"
-        record = facts | _as_json(timings, rates, cosine, options, architecture)
+        record = facts | _as_json(timings, rates, cosines, options, architecture)
         write_json(options.out / f"{stem}.json", record)
         title = f"# Speed of the builder: {architecture}, {options.size} px, batches of {options.batch_size}"
         write_text(options.out / f"{stem}.md", f"{title}\n\n{provenance_text(facts)}\n{text}\n{NOTES}")
@@ -175,6 +194,7 @@ def report(options: argparse.Namespace) -> int:
 
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_PRECISIONS: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
 
 
 # ---- what is timed
@@ -196,6 +216,7 @@ def make_bench(options: argparse.Namespace, folder: Path) -> tuple[Bench, str]:
         source=list_classes(folder, names, options.size),
         iterations=options.iterations,
         threads=options.threads,
+        compile=options.compile == "on",
     ), architecture
 
 
@@ -221,13 +242,13 @@ def make_cases(bench: Bench) -> Iterator[Case]:
     """Refinement in all its forms, then relabeling and discovery, each with its ceiling."""
     yield Case(stage="refinement", name=PLAIN, items=_steps(bench), passes=1, prepare=lambda: _plain(bench))
     for name, passes in ((ONE_PASS, 1), (FULL, 2)):
-        for precision in ("fp32", "bf16"):
-            settings = replace(_settings(bench), alpha_lr=passes - 1.0, precision=precision)
+        for way, settings in bench.ways.items():
+            teacher = Passes(bench.eyes, replace(settings, alpha_lr=passes - 1.0))
             yield Case(
                 stage="refinement",
-                name=f"{name}, {precision}",
+                name=f"{name}, {way}",
                 items=_steps(bench),
-                prepare=partial(partial, _refine, bench, settings),
+                prepare=partial(partial, _refine, bench, teacher),
                 passes=passes,
             )
     pairs = len(bench.images)
@@ -269,12 +290,11 @@ def _plain(bench: Bench) -> Callable[[], object]:
     return lambda: recover(model, pixels, labels, bench.iterations, (low, high))
 
 
-def _refine(bench: Bench, settings: RefinementSettings) -> None:
+def _refine(bench: Bench, passes: Passes) -> None:
     refine_batch(
         bench.images,
         bench.labels,
-        bench.eyes,
-        settings,
+        passes,
         mixes=bench.mixes,
         seed=SEED,
         batch=0,
@@ -349,12 +369,11 @@ def measure(cases: Sequence[Case], repeats: int, device: torch.device, flops: fl
 
     `flops` are those of one image's forward pass.
     """
-    for case in cases:
-        case.prepare()()
+    firsts = [_time(case, device)[0] for case in cases]
     rounds = [[_time(case, device) for case in cases] for _ in range(repeats)]
     return [
-        _timing(case, one, flops, device.type == "cuda")
-        for case, one in zip(cases, zip(*rounds, strict=True), strict=True)
+        _timing(case, first, one, flops, device.type == "cuda")
+        for case, first, one in zip(cases, firsts, zip(*rounds, strict=True), strict=True)
     ]
 
 
@@ -369,7 +388,9 @@ def _time(case: Case, device: torch.device) -> tuple[float, float, int | None]:
     return time.perf_counter() - started, time.process_time() - processor, _peak(device)
 
 
-def _timing(case: Case, rounds: Sequence[tuple[float, float, int | None]], flops: float, on_gpu: bool) -> Timing:
+def _timing(
+    case: Case, first: float, rounds: Sequence[tuple[float, float, int | None]], flops: float, on_gpu: bool
+) -> Timing:
     walls, processors, peaks = zip(*rounds, strict=True)
     counted = walls if on_gpu else processors
     return Timing(
@@ -379,6 +400,7 @@ def _timing(case: Case, rounds: Sequence[tuple[float, float, int | None]], flops
         wall_ms=1000 * median(walls) / case.items,
         processor_ms=1000 * median(processors) / case.items,
         repeats=tuple(1000 * seconds / case.items for seconds in counted),
+        first_s=first,
         peak=max((peak for peak in peaks if peak is not None), default=None),
         tflops=2 * case.passes * flops * case.items / median(counted) / 1e12 if case.passes else None,
     )
@@ -406,19 +428,19 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / min(seconds[1:]) / 1e12
 
 
-def least_cosine(bench: Bench, steps: int = 5) -> float:
-    """The least cosine between the gradients in bf16 and in fp32, over some steps from the same pixels."""
+def least_cosine(bench: Bench, settings: RefinementSettings, steps: int = 5) -> float:
+    """The least cosine between gradients with these settings and in plain fp32, over steps from the same pixels."""
     pixels, targets = bench.eyes.see(bench.images), torch.from_numpy(bench.labels).to(bench.eyes.device)
+    pixels = pixels.contiguous(memory_format=torch.channels_last)  # as in a build: nothing is compiled anew
 
-    def gradient(precision: str, step: int) -> Tensor:
-        settings = replace(_settings(bench), precision=precision)  # type: ignore[arg-type]
-        objective = Objective(bench.eyes, targets, settings, bench.mixes, SEED, 0)
-        with objective.batchnorm:
-            return objective.gradient(pixels, step)[0].flatten()
+    def gradients(settings: RefinementSettings) -> list[Tensor]:
+        passes = Passes(bench.eyes, settings)
+        objective = Objective(passes, targets, bench.mixes, SEED, 0)
+        with passes.batchnorm:
+            return [objective.gradient(pixels, step)[0].flatten() for step in range(steps)]
 
-    return min(
-        float(torch.cosine_similarity(gradient("fp32", step), gradient("bf16", step), dim=0)) for step in range(steps)
-    )
+    pairs = zip(gradients(bench.ways["fp32"]), gradients(settings), strict=True)
+    return min(float(torch.cosine_similarity(exact, other, dim=0)) for exact, other in pairs)
 
 
 def _wait(device: torch.device) -> None:
@@ -447,14 +469,14 @@ def _peak(device: torch.device) -> int | None:
 # ---- what is reported
 
 
-def tables(timings: Sequence[Timing], rates: dict[str, float], cosine: float, options: argparse.Namespace) -> str:
+def tables(timings: Sequence[Timing], rates: dict[str, float], cosines: dict[str, float]) -> str:
     """All figures as text."""
     refinement = [timing for timing in timings if timing.stage == "refinement"]
     return "\n".join(
         [
             _refinement_table(refinement, rates),
             "",
-            f"Gradient in bf16 against fp32: cosine {cosine:.4f}.",
+            f"Gradient against fp32: cosine {', '.join(f'{cosine:.4f} ({way})' for way, cosine in cosines.items())}.",
             "",
             _hours_table(refinement),
             "",
@@ -474,10 +496,11 @@ def _refinement_table(timings: Sequence[Timing], rates: dict[str, float]) -> str
         "TFLOP/s",
         "of matmul",
         "peak memory, MB",
+        "first call, s",
     ]
     rows = []
     for timing in timings:
-        rate = rates["bf16" if timing.name.endswith("bf16") else "fp32"]
+        rate = rates["bf16" if "bf16" in timing.name else "fp32"]
         assert timing.tflops is not None
         rows.append(
             [
@@ -488,6 +511,7 @@ def _refinement_table(timings: Sequence[Timing], rates: dict[str, float]) -> str
                 f"{timing.tflops:.3f}",
                 f"{timing.tflops / rate:.0%}",
                 _megabytes(timing.peak),
+                f"{timing.first_s:.1f}",
             ]
         )
     return markdown_table(header, rows)
@@ -525,7 +549,7 @@ def _megabytes(size: int | None) -> str:
 def _as_json(
     timings: Sequence[Timing],
     rates: dict[str, float],
-    cosine: float,
+    cosines: dict[str, float],
     options: argparse.Namespace,
     architecture: str,
 ) -> dict[str, Any]:
@@ -534,7 +558,7 @@ def _as_json(
         "teacher": {"architecture": architecture, "trained": options.teacher_checkpoint is not None},
         "shape": {name: getattr(options, name) for name in names},
         "matmul_tflops": rates,
-        "bf16_cosine": cosine,
+        "gradient_cosines": cosines,
         "timings": [asdict(timing) for timing in timings],
     }
 

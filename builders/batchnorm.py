@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -18,14 +16,15 @@ class BatchNormLoss:
     """L_bn = Σ_l ‖μ_l(x̃) − μ_l‖₂ + ‖σ²_l(x̃) − σ²_l‖₂ over the BatchNorm layers' inputs.
 
     SRe2L's form: norms are not squared, the variance is biased, the first layer counts `first_factor` times. Use as a
-    context manager (it hooks the layers), run one forward pass inside `recording()`, then read `loss()`.
+    context manager (it hooks the layers); a call is one measured forward pass. Passes run otherwise, such as those of
+    mixed images, do not count.
     """
 
     def __init__(self, model: nn.Module, first_factor: float) -> None:
+        self._model = model
         self._layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         self._first_factor = first_factor
-        self._recording = False
-        self._terms: list[Tensor] = []
+        self._terms: list[Tensor] | None = None  # of the measured pass under way
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> BatchNormLoss:
@@ -38,21 +37,16 @@ class BatchNormLoss:
         for handle in self._handles:
             handle.remove()
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Measures the forward passes run inside; mixed images run outside, so they do not count."""
-        self._terms, self._recording = [], True
-        try:
-            yield
-        finally:
-            self._recording = False
-
-    def loss(self) -> Tensor:
-        """The loss (scalar) of the pass recorded last."""
-        return sum(self._terms[1:], start=self._first_factor * self._terms[0])
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Runs the model: logits (B, C) and the loss (scalar) of the images (B, 3, S, S)."""
+        terms: list[Tensor] = []
+        self._terms = terms
+        logits: Tensor = self._model(images)
+        self._terms = None
+        return logits, sum(terms[1:], start=self._first_factor * terms[0])
 
     def _record(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if not self._recording:
+        if self._terms is None:
             return
         assert isinstance(layer, nn.BatchNorm2d)
         assert layer.running_mean is not None and layer.running_var is not None

@@ -41,6 +41,7 @@ Schedule = Literal["cosine", "constant"]
 LabelRefinement = Literal["soft", "pair"]
 Mix = Literal["cutmix", "mixup", "both"]
 Precision = Literal["auto", "fp32", "bf16"]
+Compile = Literal["auto", "on", "off"]
 Coding = Literal["explicit", "derived"]
 Codec = Literal["jpeg", "png", "webp"]
 
@@ -107,6 +108,8 @@ class RefinementSettings:
     mix: Mix
     precision: Literal["fp32", "bf16"] = "fp32"
     """What the teacher computes in; images, statistics and losses are float32 in either."""
+    compile: bool = False
+    """Whether the steps run through torch.compile, which rounds otherwise."""
     betas: tuple[float, float] = (0.5, 0.9)
     first_bn_factor: float = 10.0
 
@@ -180,7 +183,7 @@ def pair_teachers(architectures: Sequence[str], checkpoints: Sequence[Path]) -> 
 MAKING_OPTIONS = (
     *("init", "confidence", "crop_score", "beta"),
     *("iterations", "batch_size", "learning_rate", "schedule", "mask", "epsilon", "cam_every"),
-    *("alpha_bn", "alpha_lr", "label_refinement", "jitter", "precision"),
+    *("alpha_bn", "alpha_lr", "label_refinement", "jitter", "precision", "compile"),
 )
 """Options of discovery and refinement, which given images do not go through."""
 
@@ -232,6 +235,8 @@ class BuildConfig:
     batch_size: int = 100
     precision: Precision = "auto"
     """The teacher's in refinement; `auto` is bf16 on a GPU, else fp32."""
+    compile: Compile = "auto"
+    """Whether refinement is compiled; `auto`: on a GPU."""
     epochs: int = 300
     records: Coding = "explicit"
     mix: Mix = "cutmix"

@@ -7,10 +7,13 @@ from the codebook that the records draw from.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from builders.config import LabelRefinement
 from nrrdd_format import draws
@@ -18,34 +21,56 @@ from nrrdd_format.codebooks import MixTable
 from nrrdd_format.replay import mix
 
 
-class LabelRefinementLoss:
-    """L_lr of one batch; draws are keyed by (seed, batch, step)."""
+@dataclass(frozen=True, kw_only=True)
+class Mixes:
+    """What each image of a batch is mixed with, and how; tensors on one device.
 
-    def __init__(self, targets: Tensor, kind: LabelRefinement, mixes: MixTable, seed: int, batch: int) -> None:
-        self._targets, self._kind, self._mixes = targets, kind, mixes
+    Attributes:
+        aug: (B,) int64, the partner's place in the batch.
+        is_cutmix: (B,) bool.
+        box: (B, 4) int64, for CutMix.
+        lam: (B,) float, the share of the image itself.
+    """
+
+    aug: Tensor
+    is_cutmix: Tensor
+    box: Tensor
+    lam: Tensor
+
+
+def label_refinement_loss(
+    model: Callable[[Tensor], Tensor], pixels: Tensor, targets: Tensor, mixes: Mixes, kind: LabelRefinement
+) -> Tensor:
+    """L_lr (scalar) of images (B, 3, S, S) of classes `targets` (B,), each mixed with its partner."""
+    org = torch.arange(len(pixels), device=pixels.device)
+    mixed = mix(pixels, org, mixes.aug, mixes.is_cutmix, mixes.box, mixes.lam)
+    log_p = model(mixed).float().log_softmax(1)
+    partners = targets[mixes.aug]
+    log_p_org = log_p.gather(1, targets[:, None]).squeeze(1)
+    log_p_aug = log_p.gather(1, partners[:, None]).squeeze(1)
+    if kind == "soft":
+        return -(mixes.lam * log_p_org + (1 - mixes.lam) * log_p_aug).mean()
+    return -torch.where(targets == partners, log_p_org, torch.logaddexp(log_p_org, log_p_aug)).mean()
+
+
+class MixDraws:
+    """The mixes of one batch, fresh in every step; draws are keyed by (seed, batch, step)."""
+
+    def __init__(self, labels: NDArray[np.int64], table: MixTable, seed: int, batch: int) -> None:
+        self._partners, self._table = partner_choices(labels), table
         self._seed, self._batch = seed, batch
-        self._partners = partner_choices(targets.cpu().numpy())
 
-    def __call__(self, model: nn.Module, pixels: Tensor, step: int) -> Tensor:
-        """The loss (scalar) of the batch mixed with freshly drawn partners."""
-        org = torch.arange(len(pixels), device=pixels.device)
-        aug = torch.from_numpy(self._draw_partners(step)).to(pixels.device)
-        is_cutmix, box, lam = self._draw_mixes(step, pixels.device)
-        log_p: Tensor = model(mix(pixels, org, aug, is_cutmix, box, lam)).float().log_softmax(1)
-        log_p_org = log_p.gather(1, self._targets[org, None]).squeeze(1)
-        log_p_aug = log_p.gather(1, self._targets[aug, None]).squeeze(1)
-        if self._kind == "soft":
-            return -(lam * log_p_org + (1 - lam) * log_p_aug).mean()
-        same = self._targets[org] == self._targets[aug]
-        return -torch.where(same, log_p_org, torch.logaddexp(log_p_org, log_p_aug)).mean()
-
-    def _draw_mixes(self, step: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """is_cutmix (B,), mix_box (B, 4) and lam (B,) of freshly drawn mixes."""
-        count, mixes = len(self._partners), self._mixes
-        drawn = draws.integers(self._seed, "refinement-mix", self._batch, step, count=count, high=len(mixes))
-        columns = (mixes.is_cutmix[drawn], mixes.box[drawn].astype(np.int64), mixes.lam[drawn])
-        is_cutmix, box, lam = (torch.from_numpy(column).to(device) for column in columns)
-        return is_cutmix, box, lam
+    def draw(self, step: int, device: torch.device) -> Mixes:
+        """The step's mixes."""
+        count, table = len(self._partners), self._table
+        drawn = draws.integers(self._seed, "refinement-mix", self._batch, step, count=count, high=len(table))
+        columns = {
+            "aug": self._draw_partners(step),
+            "is_cutmix": table.is_cutmix[drawn],
+            "box": table.box[drawn].astype(np.int64),
+            "lam": table.lam[drawn],
+        }
+        return Mixes(**{name: torch.from_numpy(column).to(device) for name, column in columns.items()})
 
     def _draw_partners(self, step: int) -> NDArray[np.int64]:
         chance = draws.uniform(self._seed, "refinement-partner", self._batch, step, count=len(self._partners))

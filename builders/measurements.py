@@ -20,9 +20,10 @@ from builders.encoding import encode_image
 from builders.given_images import stored_bytes
 from builders.image_sets import ImageSet
 from builders.job import BATCH_ARRAY, Job
+from builders.passes import Passes
 from builders.prefetch import reading_threads
 from builders.reading import read_usable
-from builders.refinement import refine_batch
+from builders.refinement import RefinedBatch, refine_batch
 from builders.relabel import BATCH, relabel_epoch
 from nrrdd_format import draws
 from nrrdd_format.errors import DataError
@@ -34,6 +35,8 @@ SAMPLE = 8
 """Images that are read and encoded."""
 DISCOVERED = 24
 """Training images that discovery is tried on, about."""
+STEPS = 3
+"""Refinement steps that are tried; the activation maps of a batch, a quarter of a step, are spread over them."""
 AFFORDABLE = 10.0
 """Seconds up to which a measurement is made a second time, warm."""
 
@@ -80,28 +83,26 @@ def discovery_seconds(job: Job) -> float:
 
 
 def refinement_seconds(job: Job, images: NDArray[np.uint8]) -> float:
-    """Seconds of one refinement step of a full batch."""
+    """Seconds of one refinement step of a full batch, once it is compiled where that is wanted."""
     batch = job.batches[0]
     initial = images[np.arange(len(batch)) % len(images)]
     _, mixes = job.layout(0).codebooks
+    passes = Passes(job.eyes, replace(job.settings.refinement, iterations=STEPS))
 
-    def run(iterations: int) -> float:
-        settings = replace(job.settings.refinement, iterations=iterations)
-        started = time.perf_counter()
-        refine_batch(
+    def run() -> RefinedBatch:
+        return refine_batch(
             initial,
             job.labels[batch],
-            job.eyes,
-            settings,
+            passes,
             mixes=mixes,
             seed=job.config.seed,
             batch=0,
             on_steps=lambda steps, terms: None,
         )
-        return time.perf_counter() - started
 
-    first = run(1)
-    return first if first > AFFORDABLE else (run(4) - run(1)) / 3
+    if passes.settings.compile:
+        run()
+    return _warm(run) / STEPS
 
 
 def encoding(job: Job, images: NDArray[np.uint8]) -> tuple[float, float]:

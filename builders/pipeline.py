@@ -39,6 +39,7 @@ from builders.job import (
     prepare,
 )
 from builders.log import write_build_log
+from builders.passes import Passes
 from builders.prefetch import reading_threads
 from builders.progress import Progress
 from builders.ranks import joined_ranks
@@ -189,13 +190,15 @@ def refine(job: Job) -> None:
     settings, batches = job.settings.refinement, job.batches
     _, mixes = job.layout(0).codebooks
     mine = _open_units(job, job.refinement, BATCH_ARRAY, range(len(batches)))
+    passes = Passes(job.eyes, settings)
+    if mine and settings.compile:
+        job.ranks.say("refine: the first step compiles the teacher's passes, which takes a minute or more")
     with Progress(len(mine) * settings.iterations, "refine", "step") as progress:
         for batch in mine:
             result = refine_batch(
                 job.initial_images(batches[batch]),
                 job.labels[batches[batch]],
-                job.eyes,
-                settings,
+                passes,
                 mixes=mixes,
                 seed=job.config.seed,
                 batch=batch,

@@ -1,10 +1,7 @@
 """Non-critical region refinement: writes class-general features where the class activation map sees nothing critical.
 
-Every step moves the pixels x̃ of a class-mixed batch against the gradient of
-
-    L = L_ce(T(x̃), y) + α_bn·L_bn + α_lr·L_lr        (paper, Eq. 2, 3, 11 and 12)
-
-with Adam, and the mask M = max(0, ε − C) scales Adam's *step* (Eq. 4 and 5): Adam divides a constant per-pixel factor
+Every step moves the pixels x̃ of a class-mixed batch against the gradient of the loss (see `builders.passes`) with
+Adam, and the mask M = max(0, ε − C) scales Adam's *step* (Eq. 4 and 5): Adam divides a constant per-pixel factor
 of the gradient away again, so a masked gradient would only switch pixels on and off.
 
 Shapes: B images, S the side, K classes; x̃ is (B, 3, S, S) float32 in the teacher's normalised space.
@@ -19,13 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from builders.batchnorm import BatchNormLoss
+from builders.compiled import compile_errors, compiled
 from builders.config import RefinementSettings
 from builders.discovery import Eyes
-from builders.label_refinement import LabelRefinementLoss
+from builders.label_refinement import MixDraws
+from builders.passes import Passes
 from nrrdd_format import draws
 from nrrdd_format.codebooks import MixTable
 
@@ -49,8 +47,7 @@ class RefinedBatch:
 def refine_batch(
     initial: NDArray[np.uint8],
     labels: NDArray[np.int64],
-    eyes: Eyes,
-    settings: RefinementSettings,
+    passes: Passes,
     *,
     mixes: MixTable,
     seed: int,
@@ -62,25 +59,27 @@ def refine_batch(
     Args:
         initial: (B, 3, S, S) uint8.
         labels: (B,) class of each image.
-        eyes: the teacher.
-        settings: the stage's settings.
+        passes: the teacher and the stage's settings; the same for all batches.
         mixes: the dataset's mix codebook: label refinement mixes as the records will.
         seed: the build's seed.
         batch: the batch's number, which keys its random draws.
         on_steps: called after every few steps with their number and the last one's unweighted terms of the loss.
+
+    Raises:
+        ConfigError: the passes shall be compiled, and cannot be.
     """
+    eyes, settings = passes.eyes, passes.settings
     pixels = eyes.see(initial).contiguous(memory_format=torch.channels_last)
     targets = torch.from_numpy(labels).to(eyes.device)
-    objective = Objective(eyes, targets, settings, mixes, seed, batch)
-    low, high = _pixel_range(eyes)
-    adam = MaskedAdam(pixels, step_mask(eyes, pixels, targets, settings), settings)
+    objective = Objective(passes, targets, mixes, seed, batch)
+    adam = MaskedAdam(pixels, step_mask(eyes, pixels, targets, settings), _pixel_range(eyes), settings)
     losses: dict[str, float] = {}
-    with objective.batchnorm:
+    with passes.batchnorm, compile_errors():
         for step in range(settings.iterations):
             if settings.cam_every and step and step % settings.cam_every == 0:
                 adam.mask = step_mask(eyes, pixels, targets, settings)
             gradient, terms = objective.gradient(pixels, step)
-            pixels = adam.step(pixels, gradient, step).clamp_(low, high)
+            pixels = adam.step(pixels, gradient, step)
             if (step + 1) % REPORT_STEPS == 0 or step + 1 == settings.iterations:
                 losses = {name: float(value) for name, value in terms.items()}
                 on_steps(step % REPORT_STEPS + 1, losses)
@@ -101,71 +100,84 @@ def step_mask(eyes: Eyes, pixels: Tensor, targets: Tensor, settings: RefinementS
 class Objective:
     """The refinement loss of one batch; its random draws are keyed by (seed, batch, step)."""
 
-    def __init__(
-        self,
-        eyes: Eyes,
-        targets: Tensor,
-        settings: RefinementSettings,
-        mixes: MixTable,
-        seed: int,
-        batch: int,
-    ) -> None:
-        self.model: nn.Module = eyes.activation.model
-        self.batchnorm = BatchNormLoss(self.model, settings.first_bn_factor)
-        self.label_refinement = LabelRefinementLoss(targets, settings.label_refinement, mixes, seed, batch)
-        self.targets = targets
-        self.settings = settings
+    def __init__(self, passes: Passes, targets: Tensor, mixes: MixTable, seed: int, batch: int) -> None:
+        self._passes, self._targets = passes, targets
+        self._mixes = MixDraws(targets.cpu().numpy(), mixes, seed, batch)
         self._seed, self._batch = seed, batch
 
     def gradient(self, pixels: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The gradient of the weighted loss at `pixels`, like them float32, and the unweighted terms (scalars).
-
-        Each pass of the teacher is followed back before the next begins, so that memory holds one at a time.
-        """
-        settings = self.settings
-        pixels = pixels.detach().requires_grad_(True)
-        moved = jitter(pixels, self._seed, self._batch, step) if settings.jitter else pixels
-        seen = moved.detach().requires_grad_(True)
-        terms = {}
-        with self._precision(), self.batchnorm.recording():
-            logits = self.model(seen)
-        terms["ce"], terms["bn"] = F.cross_entropy(logits.float(), self.targets), self.batchnorm.loss()
-        (gradient,) = torch.autograd.grad(terms["ce"] + settings.alpha_bn * terms["bn"], seen)
+        """The gradient of the weighted loss at `pixels`, like them float32, and the unweighted terms (scalars)."""
+        passes, settings = self._passes, self._passes.settings
+        pixels = pixels.detach().requires_grad_(settings.jitter)
+        seen = jitter(pixels, self._seed, self._batch, step) if settings.jitter else pixels
+        gradient, terms = passes.unmixed(seen, self._targets)
         if settings.alpha_lr > 0:
-            with self._precision():
-                terms["lr"] = self.label_refinement(self.model, seen, step)
-            (mixed,) = torch.autograd.grad(settings.alpha_lr * terms["lr"], seen)
-            gradient = gradient + mixed
+            mixed, more = passes.mixed(seen, self._targets, self._mixes.draw(step, pixels.device))
+            gradient, terms = gradient + mixed, terms | more
         if settings.jitter:
-            (gradient,) = torch.autograd.grad(moved, pixels, gradient)
-        return gradient, {name: value.detach() for name, value in terms.items()}
-
-    def _precision(self) -> torch.autocast:
-        """Where the teacher computes in bfloat16, images, statistics and losses stay float32."""
-        return torch.autocast(self.targets.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+            (gradient,) = torch.autograd.grad(seen, pixels, gradient)
+        return gradient, terms
 
 
 class MaskedAdam:
-    """Adam whose step, not its gradient, is scaled by the mask (Eq. 5)."""
+    """Adam whose step, not its gradient, is scaled by the mask (Eq. 5); pixels stay within their bounds.
 
-    def __init__(self, pixels: Tensor, mask: Tensor, settings: RefinementSettings, eps: float = 1e-8) -> None:
+    Args:
+        pixels: where it starts, (B, 3, S, S).
+        mask: M, broadcast to the pixels' shape.
+        bounds: least and largest pixel, each (1, 3, 1, 1).
+        settings: the stage's settings.
+    """
+
+    def __init__(
+        self, pixels: Tensor, mask: Tensor, bounds: tuple[Tensor, Tensor], settings: RefinementSettings
+    ) -> None:
+        self.mask, self._bounds, self._betas = mask, bounds, settings.betas
         self._mean, self._square = torch.zeros_like(pixels), torch.zeros_like(pixels)
-        self.mask, self._settings, self._eps = mask, settings, eps
-
-    def learning_rate(self, step: int) -> float:
-        """η at this step: cosine from the full rate towards 0, or constant."""
-        if self._settings.schedule == "constant":
-            return self._settings.learning_rate
-        return self._settings.learning_rate * 0.5 * (1 + math.cos(math.pi * step / self._settings.iterations))
+        self._factors = torch.tensor(adam_factors(settings), device=pixels.device)
+        self._update = compiled(masked_adam, settings.compile)
 
     def step(self, pixels: Tensor, gradient: Tensor, step: int) -> Tensor:
-        """x̃ − M ⊙ η·m̂/(√v̂ + eps)."""
-        beta1, beta2 = self._settings.betas
-        self._mean.lerp_(gradient, 1 - beta1)
-        self._square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        root = (self._square / (1 - beta2 ** (step + 1))).sqrt_().add_(self._eps)
-        rate = self.learning_rate(step) / (1 - beta1 ** (step + 1))
-        return pixels - (self._mean * rate).div_(root).mul_(self.mask)
+        """The pixels moved against the gradient, new memory."""
+        return self._update(
+            pixels, gradient, self.mask, self._mean, self._square, self._factors[step], self._bounds, self._betas
+        )
+
+
+def masked_adam(
+    pixels: Tensor,
+    gradient: Tensor,
+    mask: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    factors: Tensor,
+    bounds: tuple[Tensor, Tensor],
+    betas: tuple[float, float],
+    eps: float = 1e-8,
+) -> Tensor:
+    """x̃ − M ⊙ η·m̂/(√v̂ + eps), clamped; `mean` m and `square` v are brought up to date in place.
+
+    `factors` are the step's (see `adam_factors`), as a tensor: as numbers they would be compiled anew in every step.
+    """
+    mean.lerp_(gradient, 1 - betas[0])
+    square.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+    rate, share = factors.unbind()
+    root = (square / share).sqrt_().add_(eps)
+    return (pixels - (mean * rate).div_(root).mul_(mask)).clamp_(*bounds)
+
+
+def adam_factors(settings: RefinementSettings) -> list[tuple[float, float]]:
+    """For each step η/(1 − β₁ᵗ), which turns m into η·m̂, and 1 − β₂ᵗ, by which v is divided for v̂; t counts from 1."""
+    beta1, beta2 = settings.betas
+    steps = range(settings.iterations)
+    return [(learning_rate(settings, t) / (1 - beta1 ** (t + 1)), 1 - beta2 ** (t + 1)) for t in steps]
+
+
+def learning_rate(settings: RefinementSettings, step: int) -> float:
+    """η at this step: cosine from the full rate towards 0, or constant."""
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * step / settings.iterations))
 
 
 def jitter(pixels: Tensor, seed: int, batch: int, step: int) -> Tensor:

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ from PIL import Image
 
 from builders import discovery
 from builders.cam import ClassActivation
-from builders.config import BuildConfig
-from builders.job import Job, prepare
+from builders.config import BuildConfig, Compile
+from builders.job import Job, for_device, prepare
 from builders.models import create_model
 from builders.pipeline import build, discover, scan
 from builders.ranks import Ranks
@@ -264,6 +265,19 @@ def test_the_precision_is_settled_by_the_device_and_recorded(source: Path, tmp_p
     assert found == {"auto": "fp32", "fp32": "fp32", "bf16": "bf16"}
     assert _content(tmp_path / "auto") == _content(tmp_path / "fp32")
     assert len(list(work.glob("discovery-*"))) == 1 and len(list(work.glob("refinement-*"))) == 2
+
+
+@pytest.mark.parametrize(("device", "compiled"), [("cpu", False), ("cuda", True)])
+def test_refinement_is_compiled_on_a_gpu_and_where_it_is_asked_for(
+    source: Path, tmp_path: Path, device: str, compiled: bool
+) -> None:
+    config = _config(source, tmp_path / "out")
+    settings = prepare(config, Ranks(rank=0, world_size=1, local_rank=0)).settings
+    found = {
+        choice: for_device(settings, replace(config, compile=choice), torch.device(device)).refinement.compile
+        for choice in get_args(Compile)
+    }
+    assert found == {"auto": compiled, "on": True, "off": False}
 
 
 @pytest.mark.parametrize("codec", ["jpeg", "webp", "png"])

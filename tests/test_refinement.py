@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -9,24 +12,29 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from builders import refinement
 from builders.batchnorm import BatchNormLoss, batch_statistics
 from builders.cam import ClassActivation
+from builders.compiled import compile_errors, compiled
 from builders.config import LabelRefinement, RefinementSettings
 from builders.discovery import Eyes
-from builders.label_refinement import LabelRefinementLoss, partner_choices
+from builders.label_refinement import MixDraws, Mixes, label_refinement_loss, partner_choices
 from builders.models import create_model
+from builders.passes import Passes
 from builders.refinement import (
     REPORT_STEPS,
     MaskedAdam,
     Objective,
     RefinedBatch,
     jitter,
+    learning_rate,
     refine_batch,
     step_mask,
 )
 from nrrdd_format.codebooks import MixTable, mix_codebook
+from nrrdd_format.errors import ConfigError
 
 SETTINGS = RefinementSettings(
     iterations=12,
@@ -70,7 +78,7 @@ def _refine(eyes: Eyes, settings: RefinementSettings, steps: list[dict[str, floa
         if steps is not None:
             steps.append(terms)
 
-    return refine_batch(images, labels, eyes, settings, mixes=MIXES, seed=0, batch=0, on_steps=record)
+    return refine_batch(images, labels, Passes(eyes, settings), mixes=MIXES, seed=0, batch=0, on_steps=record)
 
 
 def test_critical_pixels_never_change_and_others_do(eyes: Eyes) -> None:
@@ -122,9 +130,9 @@ def test_every_term_falls(eyes: Eyes, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_losses_are_reported_every_few_steps_and_at_the_end(eyes: Eyes, iterations: int, counts: list[int]) -> None:
     images, labels = _initial()
     reports: list[tuple[int, dict[str, float]]] = []
-    settings = replace(SETTINGS, iterations=iterations)
+    passes = Passes(eyes, replace(SETTINGS, iterations=iterations))
     result = refine_batch(
-        images, labels, eyes, settings, mixes=MIXES, seed=0, batch=0, on_steps=lambda *args: reports.append(args)
+        images, labels, passes, mixes=MIXES, seed=0, batch=0, on_steps=lambda *args: reports.append(args)
     )
     assert [count for count, _ in reports] == counts and REPORT_STEPS == 25
     assert result.losses == reports[-1][1]
@@ -133,15 +141,14 @@ def test_losses_are_reported_every_few_steps_and_at_the_end(eyes: Eyes, iteratio
 # ---- the faster ways to the gradient
 
 
-def _plain_gradient(objective: Objective, pixels: torch.Tensor, step: int) -> torch.Tensor:
+def _plain_gradient(passes: Passes, pixels: torch.Tensor, targets: torch.Tensor, step: int) -> torch.Tensor:
     """The gradient as the loss is written down: one graph of both passes, float32."""
     pixels = pixels.detach().requires_grad_(True)
-    settings = objective.settings
+    settings, mixes = passes.settings, MixDraws(targets.numpy(), MIXES, 0, 0).draw(step, pixels.device)
     seen = jitter(pixels, 0, 0, step) if settings.jitter else pixels
-    with objective.batchnorm.recording():
-        logits = objective.model(seen)
-    loss = torch.nn.functional.cross_entropy(logits, objective.targets) + settings.alpha_bn * objective.batchnorm.loss()
-    loss = loss + settings.alpha_lr * objective.label_refinement(objective.model, seen, step)
+    logits, batchnorm = passes.batchnorm(seen)
+    loss = nn.functional.cross_entropy(logits, targets) + settings.alpha_bn * batchnorm
+    loss = loss + settings.alpha_lr * label_refinement_loss(passes.model, seen, targets, mixes, "soft")
     (gradient,) = torch.autograd.grad(loss, pixels)
     return gradient
 
@@ -150,11 +157,13 @@ def _plain_gradient(objective: Objective, pixels: torch.Tensor, step: int) -> to
 def test_two_passes_give_the_gradient_of_one_graph(eyes: Eyes, jittered: bool) -> None:
     images, labels = _initial()
     pixels, targets = eyes.see(images), torch.from_numpy(labels)
-    objective = Objective(eyes, targets, replace(SETTINGS, jitter=jittered), MIXES, 0, 0)
-    with objective.batchnorm:
+    passes = Passes(eyes, replace(SETTINGS, jitter=jittered))
+    objective = Objective(passes, targets, MIXES, 0, 0)
+    with passes.batchnorm:
         for step in range(3):
             gradient, _ = objective.gradient(pixels, step)
-            torch.testing.assert_close(gradient, _plain_gradient(objective, pixels, step), rtol=1e-4, atol=1e-7)
+            expected = _plain_gradient(passes, pixels, targets, step)
+            torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
 
 
 def _trained(architecture: str) -> nn.Module:
@@ -184,19 +193,29 @@ def test_bfloat16_gradients_point_where_float32_ones_do(architecture: str, cosin
     images, labels = _initial(12)
     pixels, targets = wide.see(images), torch.from_numpy(labels)
     half = replace(SETTINGS, precision="bf16")
-    exact, fast = (Objective(wide, targets, settings, MIXES, 0, 0) for settings in (SETTINGS, half))
-    adam = MaskedAdam(pixels, torch.ones(1), SETTINGS)
+    adam = _adam(pixels, torch.ones(1), SETTINGS)
     for step in range(SETTINGS.iterations):
-        with exact.batchnorm:
-            gradient, terms = exact.gradient(pixels, step)
-        with fast.batchnorm:
-            close, near = fast.gradient(pixels, step)
+        (gradient, terms), (close, near) = (
+            _gradient(Passes(wide, settings), pixels, targets, step) for settings in (SETTINGS, half)
+        )
         assert close.dtype == torch.float32 and near["bn"].dtype == torch.float32
         assert float(torch.cosine_similarity(gradient.flatten(), close.flatten(), dim=0)) >= cosine
         assert all(float(near[name]) == pytest.approx(float(terms[name]), rel=0.03) for name in terms)
         pixels = adam.step(pixels, gradient, step)
     ends = [_refine(wide, settings).images.astype(int) for settings in (SETTINGS, half)]
     assert 0 < np.abs(ends[0] - ends[1]).mean() < 2  # of 255
+
+
+def _gradient(
+    passes: Passes, pixels: torch.Tensor, targets: torch.Tensor, step: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    with passes.batchnorm:
+        return Objective(passes, targets, MIXES, 0, 0).gradient(pixels, step)
+
+
+def _adam(pixels: torch.Tensor, mask: torch.Tensor, settings: RefinementSettings) -> MaskedAdam:
+    """Without bounds."""
+    return MaskedAdam(pixels, mask, (torch.tensor(-torch.inf), torch.tensor(torch.inf)), settings)
 
 
 def test_no_iterations_leave_the_images_as_they_are(eyes: Eyes) -> None:
@@ -224,7 +243,7 @@ def test_unmasked_adam_is_torchs_adam() -> None:
     torch.manual_seed(0)
     start, gradients = torch.randn(4, 5), torch.randn(6, 4, 5)
     settings = replace(SETTINGS, schedule="constant")
-    ours, mine = MaskedAdam(start, torch.ones(4, 1), settings), start.clone()
+    ours, mine = _adam(start, torch.ones(4, 1), settings), start.clone()
     theirs = start.clone().requires_grad_(True)
     adam = torch.optim.Adam([theirs], lr=0.05, betas=(0.5, 0.9))
     for step, gradient in enumerate(gradients):
@@ -237,14 +256,13 @@ def test_unmasked_adam_is_torchs_adam() -> None:
 def test_the_mask_scales_the_step_not_the_gradient() -> None:
     """With the mask on the gradient both rows would move alike: Adam divides the factor away."""
     start = torch.zeros(2, 3)
-    adam = MaskedAdam(start, torch.tensor([[0.5], [0.1]]), replace(SETTINGS, schedule="constant"))
+    adam = _adam(start, torch.tensor([[0.5], [0.1]]), replace(SETTINGS, schedule="constant"))
     moved = adam.step(start, torch.ones(2, 3), 0)
     torch.testing.assert_close(moved, torch.tensor([[-0.025], [-0.005]]).expand(2, 3))
 
 
 def test_the_cosine_schedule_falls_from_the_full_rate_towards_zero() -> None:
-    adam = MaskedAdam(torch.zeros(1), torch.ones(1), SETTINGS)
-    rates = [adam.learning_rate(step) for step in range(12)]
+    rates = [learning_rate(SETTINGS, step) for step in range(12)]
     assert rates[0] == 0.05 and rates[6] == pytest.approx(0.025) and rates[-1] < 0.001
     assert rates == sorted(rates, reverse=True)
 
@@ -255,10 +273,10 @@ def test_the_batchnorm_loss_is_its_definition(eyes: Eyes) -> None:
     model = nn.Sequential(first, convolution, second).eval()
     images = torch.randn(5, 3, 4, 4)
     with BatchNormLoss(model, first_factor=10.0) as batchnorm:
-        with batchnorm.recording():
-            model(images)
-        model(images * 7)  # outside: must not count
-        found = batchnorm.loss()
+        model(images * 7)  # not measured: must not count
+        logits, found = batchnorm(images)
+        model(images * 7)
+    torch.testing.assert_close(logits, model(images))
     inner = convolution(first(images))
     expected = torch.zeros(())
     for factor, x, layer in ((10, images, first), (1, inner, second)):
@@ -314,17 +332,17 @@ def test_label_refinement_is_its_definition(kind: LabelRefinement) -> None:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return torch.log(torch.tensor([0.5, 0.3, 0.2])).repeat(len(images), 1)
 
-    targets = torch.tensor([0, 1])
-    half = MixTable.from_entries([0.25], 8)
-    loss = LabelRefinementLoss(targets, kind, half, seed=0, batch=0)(Constant(), torch.zeros(2, 3, 8, 8), 0)
+    targets, swapped = torch.tensor([0, 1]), torch.tensor([1, 0])
+    mixes = Mixes(aug=swapped, is_cutmix=torch.zeros(2) > 0, box=torch.zeros(2, 4), lam=torch.full((2,), 0.25))
+    loss = label_refinement_loss(Constant(), torch.zeros(2, 3, 8, 8), targets, mixes, kind)
     soft = -np.mean([0.25 * np.log(a) + 0.75 * np.log(b) for a, b in ((0.5, 0.3), (0.3, 0.5))])
     assert float(loss) == pytest.approx(soft if kind == "soft" else -np.log(0.8))
 
 
 def test_gradients_flow_through_the_mix_to_both_images(eyes: Eyes) -> None:
-    pixels = torch.rand(2, 3, 16, 16, requires_grad=True)
-    mixes = MixTable.from_entries([0.5], 16)
-    loss = LabelRefinementLoss(torch.tensor([0, 1]), "soft", mixes, 0, 0)(eyes.activation.model, pixels, 0)
+    pixels, targets = torch.rand(2, 3, 16, 16, requires_grad=True), torch.tensor([0, 1])
+    mixes = MixDraws(targets.numpy(), MixTable.from_entries([0.5], 16), 0, 0).draw(0, pixels.device)
+    loss = label_refinement_loss(eyes.activation.model, pixels, targets, mixes, "soft")
     (gradient,) = torch.autograd.grad(loss, pixels)
     assert (gradient.abs().amax((1, 2, 3)) > 0).all()
 
@@ -342,3 +360,68 @@ def test_pixels_stay_in_range(eyes: Eyes) -> None:
     images = _refine(eyes, replace(SETTINGS, learning_rate=50.0, schedule="constant", epsilon=1.0)).images
     share_at_ends = np.isin(images, (0, 255)).mean()
     assert share_at_ends > 0.5
+
+
+# ---- compiled
+
+COMPILER = os.environ.get("CXX", "g++")
+needs_compiler = pytest.mark.skipif(
+    shutil.which(COMPILER) is None, reason=f"{COMPILER}, with which torch compiles for a CPU, is not installed"
+)
+PASSES_AND_STEP = 3
+"""Graphs of a build: the unmixed pass, the mixed one, Adam's step."""
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled yet, and counters at zero."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def _graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def _refine_batch(passes: Passes, count: int, batch: int) -> RefinedBatch:
+    images, labels = _initial(count)
+    return refine_batch(images, labels, passes, mixes=MIXES, seed=0, batch=batch, on_steps=lambda steps, terms: None)
+
+
+@needs_compiler
+def test_compiled_steps_are_those_that_are_not_and_compiled_once(eyes: Eyes, fresh_compiler: None) -> None:
+    """Over all steps of several batches, whose hooks and draws are new each time; another size costs as much again."""
+    plain, fast = (Passes(eyes, replace(SETTINGS, compile=compile)) for compile in (False, True))
+    expected, found = (_refine_batch(passes, 6, batch=0) for passes in (plain, fast))
+    assert found.losses == pytest.approx(expected.losses, rel=1e-3)
+    assert np.abs(found.images.astype(int) - expected.images).mean() < 0.1
+    assert _graphs() == PASSES_AND_STEP and not counters["graph_break"]
+
+    images, labels = _initial(6)
+    pixels, targets = eyes.see(images).contiguous(memory_format=torch.channels_last), torch.from_numpy(labels)
+    for step in range(3):
+        gradient, close = (_gradient(passes, pixels, targets, step)[0] for passes in (plain, fast))
+        assert close.dtype == torch.float32 and close.stride() == pixels.stride()
+        assert float(torch.cosine_similarity(gradient.double().flatten(), close.double().flatten(), dim=0)) >= 0.9999
+
+    _refine_batch(fast, 6, batch=2)
+    assert _graphs() == PASSES_AND_STEP
+    first, again = (_refine_batch(fast, 5, batch=3).images for _ in range(2))
+    assert _graphs() == 2 * PASSES_AND_STEP
+    np.testing.assert_array_equal(first, again)
+
+
+def test_what_cannot_be_compiled_as_a_whole_is_refused_in_one_line(fresh_compiler: None) -> None:
+    def branches(values: torch.Tensor) -> torch.Tensor:
+        return values + 1 if values.sum() > 0 else values
+
+    with pytest.raises(ConfigError, match=r"^--compile: .*--compile off does without$"), compile_errors():
+        compiled(branches, True)(torch.ones(2))
+    assert compiled(branches, False) is branches
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="out of memory"), compile_errors():
+        raise RuntimeError("out of memory")

@@ -1,0 +1,47 @@
+"""Functions through torch.compile, where a build asks for it: the same function, faster, and rounded otherwise.
+
+Compiling goes through the whole function or fails (`fullgraph`): a part left out would be slow and not be noticed.
+Shapes are compiled as they are, since a build has at most two sizes of batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from nrrdd_format.errors import ConfigError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def compiled(function: Callable[P, R], wanted: bool) -> Callable[P, R]:
+    """The function itself, or if `wanted` one that compiles it when it is first called."""
+    return torch.compile(function, fullgraph=True, dynamic=False) if wanted else function
+
+
+@contextmanager
+def compile_errors() -> Iterator[None]:
+    """Turns a failure to compile into one line.
+
+    Raises:
+        ConfigError: torch could not compile what ran inside.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        from torch._dynamo.exc import TorchDynamoException  # loads the compiler, which most builds do not need
+
+        if not isinstance(error, TorchDynamoException):
+            raise
+        raise ConfigError(
+            f"--compile: torch cannot compile the teacher's passes ({_first_line(error)}); it needs a C++ compiler "
+            f"(g++ or clang++, or $CXX) on a CPU and Triton on a GPU; --compile off does without"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,61 @@
+"""The teacher's passes in a refinement step: the losses of
+
+    L = L_ce(T(x̃), y) + α_bn·L_bn + α_lr·L_lr        (paper, Eq. 2, 3, 11 and 12)
+
+as functions of the pixels, and their gradients. L_ce and L_bn come from one pass, L_lr from another, on mixed images.
+
+Shapes: B images, S the side; x̃ is (B, 3, S, S) float32 in the teacher's normalised space.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from builders.batchnorm import BatchNormLoss
+from builders.compiled import compiled
+from builders.config import RefinementSettings
+from builders.discovery import Eyes
+from builders.label_refinement import Mixes, label_refinement_loss
+
+
+class Passes:
+    """Made once for all batches, since compiling takes a minute or two; gradients only inside `with passes.batchnorm`.
+
+    Each pass is followed back before the next begins, so that memory holds the activations of one at a time.
+    """
+
+    def __init__(self, eyes: Eyes, settings: RefinementSettings) -> None:
+        self.eyes, self.settings = eyes, settings
+        self.model = eyes.activation.model
+        self.batchnorm = BatchNormLoss(self.model, settings.first_bn_factor)
+        self._forward_unmixed = compiled(self._unmixed, settings.compile)
+        self._forward_mixed = compiled(self._mixed, settings.compile)
+
+    def unmixed(self, pixels: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient of L_ce + α_bn·L_bn, like the pixels float32, and the terms (scalars, unweighted)."""
+        pixels = pixels.detach().requires_grad_(True)
+        cross_entropy, batchnorm = self._forward_unmixed(pixels, targets)
+        (gradient,) = torch.autograd.grad(cross_entropy + self.settings.alpha_bn * batchnorm, pixels)
+        return gradient, {"ce": cross_entropy.detach(), "bn": batchnorm.detach()}
+
+    def mixed(self, pixels: Tensor, targets: Tensor, mixes: Mixes) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient of α_lr·L_lr, and the term."""
+        pixels = pixels.detach().requires_grad_(True)
+        loss = self._forward_mixed(pixels, targets, mixes)
+        (gradient,) = torch.autograd.grad(self.settings.alpha_lr * loss, pixels)
+        return gradient, {"lr": loss.detach()}
+
+    def _unmixed(self, pixels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        with self._precision(pixels):
+            logits, batchnorm = self.batchnorm(pixels)
+        return F.cross_entropy(logits.float(), targets), batchnorm
+
+    def _mixed(self, pixels: Tensor, targets: Tensor, mixes: Mixes) -> Tensor:
+        with self._precision(pixels):
+            return label_refinement_loss(self.model, pixels, targets, mixes, self.settings.label_refinement)
+
+    def _precision(self, pixels: Tensor) -> torch.autocast:
+        """Where the teacher computes in bfloat16, images, statistics and losses stay float32."""
+        return torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")

@@ -39,7 +39,8 @@ def compile_errors() -> Iterator[None]:
             raise
         raise ConfigError(
             f"--compile: torch cannot compile the teacher's passes ({_first_line(error)}); it needs a C++ compiler "
-            f"(g++ or clang++, or $CXX) on a CPU and Triton on a GPU; --compile off does without"
+            f"(g++ or clang++, or $CXX) on a CPU and Triton on a GPU, and a process killed while it compiled may have "
+            f"left half a file in torch's cache ($TORCHINDUCTOR_CACHE_DIR); --compile off does without"
         ) from error
 
 

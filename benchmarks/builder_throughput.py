@@ -60,7 +60,7 @@ SOURCE_CLASSES = 10
 NOTES = """\
 *plain recovery* is SRe2L's loop written plainly (`benchmarks/plain_recover.py`): one pass of the teacher a step. *nrrdd
 without label refinement* does the same work; *nrrdd* has the second pass, on mixed images, that NRR-DD adds.
-*compiled*: through torch.compile (`--compile on`). *First call*: wall time of an untimed call, which compiles. On a GPU
+*compiled*: through torch.compile (`--compile`). *First call*: wall time of an untimed call, which compiles. On a GPU
 ms are wall time; on a CPU they are the cores' own time, which other work on the machine stretches far less, so that
 every figure is one core's. TFLOP/s count convolutions and linear layers, and stand beside what a large matrix product
 reaches in the same precision in the same run. Hours: images of ImageNet-1k times 2000 iterations at that ms. Cosine:
@@ -159,7 +159,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=20, metavar="B", help="images refined together (20)")
     parser.add_argument("--iterations", type=int, default=3, metavar="N", help="steps timed in a repeat (3)")
     parser.add_argument("--source-images", type=int, default=500, metavar="N", help="JPEGs of discovery (500)")
-    parser.add_argument("--compile", choices=("on", "off"), default="on", help="rows of compiled refinement (on)")
+    parser.add_argument("--compile", action="store_true", help="rows of compiled refinement, too")
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="of every case (5)")
     parser.add_argument(
         "--threads", type=int, default=usable_cores(), metavar="N", help="torch's and reading (all cores)"
@@ -216,7 +216,7 @@ def make_bench(options: argparse.Namespace, folder: Path) -> tuple[Bench, str]:
         source=list_classes(folder, names, options.size),
         iterations=options.iterations,
         threads=options.threads,
-        compile=options.compile == "on",
+        compile=options.compile,
     ), architecture
 
 

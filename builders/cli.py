@@ -202,9 +202,7 @@ def _add_refinement(group: argparse._ArgumentGroup) -> None:
         "--precision", choices=get_args(options.Precision), help="of the teacher here (auto: bf16 on a GPU, else fp32)"
     )
     group.add_argument(
-        "--compile",
-        choices=get_args(options.Compile),
-        help="refine with torch.compile: faster after a start of minutes (auto: on a GPU only)",
+        "--compile", action="store_true", help="refine through torch.compile: faster, after a start of a minute or more"
     )
     group.add_argument("--jitter", action="store_true", help="SRe2L's crop, roll and flip before each step")
 

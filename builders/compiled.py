@@ -40,7 +40,7 @@ def compile_errors() -> Iterator[None]:
         raise ConfigError(
             f"--compile: torch cannot compile the teacher's passes ({_first_line(error)}); it needs a C++ compiler "
             f"(g++ or clang++, or $CXX) on a CPU and Triton on a GPU, and a process killed while it compiled may have "
-            f"left half a file in torch's cache ($TORCHINDUCTOR_CACHE_DIR); --compile off does without"
+            f"left half a file in torch's cache ($TORCHINDUCTOR_CACHE_DIR); without the option nothing is compiled"
         ) from error
 
 

@@ -41,7 +41,6 @@ Schedule = Literal["cosine", "constant"]
 LabelRefinement = Literal["soft", "pair"]
 Mix = Literal["cutmix", "mixup", "both"]
 Precision = Literal["auto", "fp32", "bf16"]
-Compile = Literal["auto", "on", "off"]
 Coding = Literal["explicit", "derived"]
 Codec = Literal["jpeg", "png", "webp"]
 
@@ -235,8 +234,8 @@ class BuildConfig:
     batch_size: int = 100
     precision: Precision = "auto"
     """The teacher's in refinement; `auto` is bf16 on a GPU, else fp32."""
-    compile: Compile = "auto"
-    """Whether refinement is compiled; `auto`: on a GPU."""
+    compile: bool = False
+    """Whether refinement runs through torch.compile."""
     epochs: int = 300
     records: Coding = "explicit"
     mix: Mix = "cutmix"
@@ -364,6 +363,7 @@ def plan_settings(config: BuildConfig, source: Source, given_codec: Codec | None
             jitter=config.jitter,
             batch_size=config.batch_size,
             mix=config.mix,
+            compile=config.compile,
         ),
         encoding=EncodingSettings(
             codec=codec,

@@ -177,7 +177,7 @@ def prepare(config: BuildConfig, ranks: Ranks) -> Job:
     else:
         settings = plan_settings(replace(config, ipc=given.ipc), source, given.codec)
     device = ranks.device(config.device)
-    settings = for_device(settings, config, device)
+    settings = _with_precision(settings, config, device)
     teacher = load_teachers(
         config.teachers,
         num_classes=len(source.class_names),
@@ -201,13 +201,11 @@ def prepare(config: BuildConfig, ranks: Ranks) -> Job:
     )
 
 
-def for_device(settings: BuildSettings, config: BuildConfig, device: torch.device) -> BuildSettings:
+def _with_precision(settings: BuildSettings, config: BuildConfig, device: torch.device) -> BuildSettings:
     """Settles what `auto` means on this device; it changes the images a little, so it belongs to the stage's key."""
-    on_gpu = device.type == "cuda"
-    auto: Literal["fp32", "bf16"] = "bf16" if on_gpu else "fp32"
+    auto: Literal["fp32", "bf16"] = "bf16" if device.type == "cuda" else "fp32"
     precision = auto if config.precision == "auto" else config.precision
-    compiled = on_gpu if config.compile == "auto" else config.compile == "on"
-    return replace(settings, refinement=replace(settings.refinement, precision=precision, compile=compiled))
+    return replace(settings, refinement=replace(settings.refinement, precision=precision))
 
 
 def _load_inputs(config: BuildConfig, ranks: Ranks) -> Inputs:

@@ -11,7 +11,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -20,8 +19,8 @@ from PIL import Image
 
 from builders import discovery
 from builders.cam import ClassActivation
-from builders.config import BuildConfig, Compile
-from builders.job import Job, for_device, prepare
+from builders.config import BuildConfig
+from builders.job import Job, prepare
 from builders.models import create_model
 from builders.pipeline import build, discover, scan
 from builders.ranks import Ranks
@@ -267,17 +266,12 @@ def test_the_precision_is_settled_by_the_device_and_recorded(source: Path, tmp_p
     assert len(list(work.glob("discovery-*"))) == 1 and len(list(work.glob("refinement-*"))) == 2
 
 
-@pytest.mark.parametrize(("device", "compiled"), [("cpu", False), ("cuda", True)])
-def test_refinement_is_compiled_on_a_gpu_and_where_it_is_asked_for(
-    source: Path, tmp_path: Path, device: str, compiled: bool
-) -> None:
-    config = _config(source, tmp_path / "out")
-    settings = prepare(config, Ranks(rank=0, world_size=1, local_rank=0)).settings
-    found = {
-        choice: for_device(settings, replace(config, compile=choice), torch.device(device)).refinement.compile
-        for choice in get_args(Compile)
-    }
-    assert found == {"auto": compiled, "on": True, "off": False}
+def test_compiled_refinement_is_kept_apart(source: Path, tmp_path: Path) -> None:
+    """It rounds otherwise, so its images are not taken for the others'."""
+    alone = Ranks(rank=0, world_size=1, local_rank=0)
+    plain, fast = (prepare(_config(source, tmp_path / "out", compile=compile), alone) for compile in (False, True))
+    assert fast.settings.refinement.compile and not plain.settings.refinement.compile
+    assert fast.refinement.path != plain.refinement.path and fast.discovery.path == plain.discovery.path
 
 
 @pytest.mark.parametrize("codec", ["jpeg", "webp", "png"])

@@ -51,7 +51,6 @@ def test_a_sample_counts_this_process() -> None:
 
 def test_builder_throughput_times_every_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape = ["--batch-size", "4", "--iterations", "1", "--source-images", "20", "--repeats", "1", "--classes", "10"]
-    shape += ["--compile", "off"]
     assert builder_throughput.main([*TINY, *shape, "--out", str(tmp_path)]) == 0
     record, text = _record(tmp_path)
     timings = record["timings"]

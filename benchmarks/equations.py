@@ -18,7 +18,19 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.command import add_device, add_source, pick_device, run
-from benchmarks.grid import IMAGES, LABELS, Cell, Changes, Grid, Table, cell_path, read_cells, run_grid, stored_epochs
+from benchmarks.grid import (
+    IMAGES,
+    LABELS,
+    Cell,
+    Changes,
+    Grid,
+    Table,
+    cell_path,
+    read_cells,
+    require_teacher,
+    run_grid,
+    stored_epochs,
+)
 from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
 from benchmarks.spread import gaps, interval, spread
 from benchmarks.teacher import TeacherConfig
@@ -127,6 +139,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def measure_equations(options: argparse.Namespace) -> int:
     """Runs the students, prints the report and writes it; returns the exit status."""
+    require_teacher(options.teacher_checkpoint)
     source = load_source(options.source, data_dir=options.data_dir, test_dir=options.test_dir)
     grid = Grid(
         dataset=options.source,

@@ -24,6 +24,7 @@ from builders.config import BuildConfig, Confidence, Init, Mask
 from builders.pipeline import build
 from builders.sources import Source
 from nrrdd_format.dataset import open_dataset
+from nrrdd_format.errors import ConfigError
 from nrrdd_format.manifest import MANIFEST_NAME, Manifest
 from nrrdd_format.shards import file_sha256
 
@@ -267,6 +268,14 @@ def ensure_teacher(grid: Grid, source: Source) -> None:
     if not grid.teacher_checkpoint.is_file():
         log = train_and_save(source, grid.teacher, grid.teacher_checkpoint)
         print(f"teacher: {summary(log)}", flush=True)
+
+
+def require_teacher(checkpoint: Path) -> None:
+    """For commands that train none. Raises ConfigError: there is no such file."""
+    if not checkpoint.is_file():
+        raise ConfigError(
+            f"--teacher-checkpoint: found no file {checkpoint}, expected a trained teacher; make one with nrrdd teacher"
+        )
 
 
 def build_config(grid: Grid, cell: Cell) -> BuildConfig:

@@ -10,9 +10,8 @@ hold, how much the largest others, and how far labels completed in several ways 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,13 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.command import add_device, add_source, pick_device, run
-from benchmarks.completion import complete
-from benchmarks.grid import IMAGES, Cell, Changes, Grid, built_dataset
+from benchmarks.grid import IMAGES, Cell, Changes, Grid, built_dataset, labelled_dataset, require_teacher
 from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
 from benchmarks.spread import spread
 from benchmarks.student import load_dataset_teacher
 from benchmarks.teacher import TeacherConfig
-from builders.sources import load_source
 from builders.teacher import Teacher
 from loaders import DBRBatch, DBRLoader, completed_labels
 from nrrdd_format.files import atomic_write
@@ -36,14 +33,13 @@ from nrrdd_format.manifest import MANIFEST_NAME, Manifest
 MODULE = "benchmarks.pair_mass"
 RESULTS = Path("benchmarks") / "results"
 BATCH = 100
-PRIOR_CLASSES = 9
-COMPLETIONS: dict[str, tuple[int | None, int | None]] = {
-    "even": (None, None),
-    "priors": (PRIOR_CLASSES, None),
-    "1 further": (PRIOR_CLASSES, 1),
-    "3 further": (PRIOR_CLASSES, 3),
+COMPLETIONS = {
+    "even": "dbr",
+    "priors": "dbr-priors",
+    "1 further": "dbr-further1",
+    "3 further": "dbr-further3",
 }
-"""Ways to complete the labels: classes in an image's prior, and further classes of each pair."""
+"""Ways to complete the labels, and the grid's kinds of labels whose datasets hold what each takes."""
 
 NOTES = """\
 *p_i + p_j*: what the teacher's prediction on a pair, as a student sees it, has on the pair's two classes; *3 others*:
@@ -109,11 +105,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def measure(options: argparse.Namespace) -> int:
     """Builds and measures, prints the report and writes it; returns the exit status."""
-    load_source(options.source, data_dir=options.data_dir, test_dir=options.test_dir)  # complains before any build
+    require_teacher(options.teacher_checkpoint)
     rows = []
     for grid, cell in _cells(options):
-        dataset = built_dataset(grid, cell)
-        rows.append(measure_dataset(dataset, cell, options.teacher_checkpoint, grid.device))
+        rows.append(measure_dataset(grid, cell))
         print(f"{rows[-1].name}, seed {cell.seed}: p_i + p_j {rows[-1].pair_mass:.3f}", flush=True)
     text = table(rows)
     print(f"\n{text}\n\n{NOTES}")
@@ -161,21 +156,17 @@ def _grid(options: argparse.Namespace, iterations: int) -> Grid:
     )
 
 
-def measure_dataset(path: Path, cell: Cell, checkpoint: Path, device: str) -> Measured:
-    """Asks the teacher of the dataset at `path` about its pairs."""
+def measure_dataset(grid: Grid, cell: Cell) -> Measured:
+    """Asks the teacher of the cell's dataset about its pairs; what is missing is built first."""
+    path = built_dataset(grid, cell)
     manifest = Manifest.load(path / MANIFEST_NAME)
-    teacher = load_dataset_teacher(manifest, checkpoint, device)
-    masses = torch.cat([_masses(batch, p) for batch, p in _predictions(path, manifest, teacher, device)]).mean(0)
+    teacher = load_dataset_teacher(manifest, grid.teacher_checkpoint, grid.device)
+    masses = torch.cat([_masses(batch, p) for batch, p in _predictions(path, manifest, teacher, grid.device)]).mean(0)
     kl = {}
-    with tempfile.TemporaryDirectory(prefix="nrrdd-mass-") as folder:
-        for name, (priors, further) in COMPLETIONS.items():
-            labelled = path
-            if priors or further:
-                labelled = complete(
-                    path, teacher, priors=priors, further=further, out=Path(folder) / f"{further}", device=device
-                )
-            pairs = [_distances(batch, p) for batch, p in _predictions(labelled, manifest, teacher, device)]
-            kl[name] = float(torch.cat(pairs).mean())
+    for name, labels in COMPLETIONS.items():
+        labelled = labelled_dataset(grid, replace(cell, labels=labels))
+        pairs = [_distances(batch, p) for batch, p in _predictions(labelled, manifest, teacher, grid.device)]
+        kl[name] = float(torch.cat(pairs).mean())
     refinement = manifest.method["refinement"]
     return Measured(
         images=cell.images,

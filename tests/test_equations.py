@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from benchmarks import equations
+from benchmarks import equations, pair_mass
 from benchmarks.equations import CHOICES, all_cells, compare
 from benchmarks.grid import Cell, Grid, Result, build_config, cell_path, student_config
 from benchmarks.student import StudentConfig
@@ -120,3 +121,13 @@ def test_the_benchmark_from_its_command_line(tmp_path: Path, capsys: pytest.Capt
     assert {path.suffix for path in results.iterdir()} == {".json", ".md", ".png"}
     assert str(tmp_path) not in record.read_text()
     assert equations.main([*command, "--collect"]) == 0
+
+
+@pytest.mark.parametrize("command", [equations.main, pair_mass.main])
+def test_a_missing_teacher_is_not_trained_but_named(
+    command: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "teacher.pt"
+    assert command(["--dataset", "digits", "--teacher-checkpoint", str(missing), "--out", str(tmp_path / "out")]) == 2
+    assert f"--teacher-checkpoint: found no file {missing}" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())

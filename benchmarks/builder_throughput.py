@@ -35,6 +35,7 @@ from builders.config import DiscoverySettings, RefinementSettings
 from builders.discovery import Eyes, class_groups, discover_groups
 from builders.folders import list_classes
 from builders.image_sets import FolderImages
+from builders.label_refinement import PairTables
 from builders.passes import Passes
 from builders.prefetch import read_ahead
 from builders.refinement import Objective, refine_batch
@@ -77,7 +78,7 @@ class Bench:
     eyes: Eyes
     images: np.ndarray
     labels: np.ndarray
-    mixes: MixTable
+    tables: PairTables
     source: FolderImages
     iterations: int
     threads: int
@@ -212,7 +213,11 @@ def make_bench(options: argparse.Namespace, folder: Path) -> tuple[Bench, str]:
         eyes=eyes,
         images=pixels,
         labels=np.arange(options.batch_size) % SOURCE_CLASSES,
-        mixes=MixTable.from_entries(mix_codebook(SEED, options.size, "cutmix"), options.size),
+        tables=PairTables(
+            views=view_codebook(SEED, options.size, (0.5, 1.0)),
+            flip=True,
+            mixes=MixTable.from_entries(mix_codebook(SEED, options.size, "cutmix"), options.size),
+        ),
         source=list_classes(folder, names, options.size),
         iterations=options.iterations,
         threads=options.threads,
@@ -276,6 +281,7 @@ def _settings(bench: Bench) -> RefinementSettings:
         alpha_bn=0.01,
         alpha_lr=1.0,
         label_refinement="soft",
+        label_refinement_views=True,
         jitter=False,
         batch_size=len(bench.images),
         mix="cutmix",
@@ -295,7 +301,7 @@ def _refine(bench: Bench, passes: Passes) -> None:
         bench.images,
         bench.labels,
         passes,
-        mixes=bench.mixes,
+        tables=bench.tables,
         seed=SEED,
         batch=0,
         on_steps=lambda steps, losses: None,
@@ -315,8 +321,8 @@ def _relabel(bench: Bench) -> Callable[[], object]:
         flip=True,
         coding="explicit",
         seed=SEED,
-        views=view_codebook(SEED, size, (0.5, 1.0)),
-        mixes=bench.mixes,
+        views=bench.tables.views,
+        mixes=bench.tables.mixes,
         levels=distance_levels(),
     )
     images = torch.from_numpy(bench.images).contiguous(memory_format=torch.channels_last).to(bench.eyes.device)
@@ -435,7 +441,7 @@ def least_cosine(bench: Bench, settings: RefinementSettings, steps: int = 5) -> 
 
     def gradients(settings: RefinementSettings) -> list[Tensor]:
         passes = Passes(bench.eyes, settings)
-        objective = Objective(passes, targets, bench.mixes, SEED, 0)
+        objective = Objective(passes, targets, bench.tables, SEED, 0)
         with passes.batchnorm:
             return [objective.gradient(pixels, step)[0].flatten() for step in range(steps)]
 

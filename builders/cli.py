@@ -199,6 +199,11 @@ def _add_refinement(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--alpha-lr", type=float, metavar="X", help="weight of label refinement (1); 0: off")
     group.add_argument("--label-refinement", choices=get_args(options.LabelRefinement), help="its form (soft)")
     group.add_argument(
+        "--label-refinement-views",
+        action=argparse.BooleanOptionalAction,
+        help="whether label refinement mixes views, as records do (default), or whole images",
+    )
+    group.add_argument(
         "--precision", choices=get_args(options.Precision), help="of the teacher here (auto: bf16 on a GPU, else fp32)"
     )
     group.add_argument(

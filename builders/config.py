@@ -101,6 +101,8 @@ class RefinementSettings:
     alpha_lr: float
     label_refinement: LabelRefinement
     """`soft` cross-entropy against λ·y_i + (1−λ)·y_j, or `pair`: −log(p_i + p_j)."""
+    label_refinement_views: bool
+    """Whether label refinement mixes views of the images, as the records do, or whole images."""
     jitter: bool
     """SRe2L's random resized crop, roll and flip before each forward pass."""
     batch_size: int
@@ -182,7 +184,7 @@ def pair_teachers(architectures: Sequence[str], checkpoints: Sequence[Path]) -> 
 MAKING_OPTIONS = (
     *("init", "confidence", "crop_score", "beta"),
     *("iterations", "batch_size", "learning_rate", "schedule", "mask", "epsilon", "cam_every"),
-    *("alpha_bn", "alpha_lr", "label_refinement", "jitter", "precision", "compile"),
+    *("alpha_bn", "alpha_lr", "label_refinement", "label_refinement_views", "jitter", "precision", "compile"),
 )
 """Options of discovery and refinement, which given images do not go through."""
 
@@ -230,6 +232,8 @@ class BuildConfig:
     alpha_bn: float = 0.01
     alpha_lr: float = 1.0
     label_refinement: LabelRefinement = "soft"
+    label_refinement_views: bool = True
+    """Whether label refinement mixes views of the images, as the records do, or whole images."""
     jitter: bool = False
     batch_size: int = 100
     precision: Precision = "auto"
@@ -360,6 +364,7 @@ def plan_settings(config: BuildConfig, source: Source, given_codec: Codec | None
             alpha_bn=config.alpha_bn,
             alpha_lr=config.alpha_lr,
             label_refinement=config.label_refinement,
+            label_refinement_views=config.label_refinement_views,
             jitter=config.jitter,
             batch_size=config.batch_size,
             mix=config.mix,

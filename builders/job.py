@@ -22,6 +22,7 @@ from builders.discovery import Eyes
 from builders.ensemble import common_normalisation, load_teachers
 from builders.given_images import GivenImages
 from builders.inputs import Inputs, load_inputs
+from builders.label_refinement import PairTables
 from builders.ranks import Ranks
 from builders.sources import Source
 from builders.teacher import Teacher
@@ -146,6 +147,14 @@ class Job:
         data: list[bytes] = msgpack.unpackb((self.encoding.path / SHARD_BYTES.format(shard)).read_bytes())
         return data
 
+    @property
+    def pair_tables(self) -> PairTables:
+        """What label refinement draws views and mixes from: the codebooks of the pairs."""
+        mixes = self.codebooks.mix_table(self.source.size)
+        assert mixes is not None, "a build draws its pairs"
+        views = self.codebooks.views if self.settings.refinement.label_refinement_views else None
+        return PairTables(views=views, flip=self.settings.records.flip, mixes=mixes)
+
     def layout(self, shard: int) -> RecordLayout:
         """How the pair records of one shard are drawn and stored."""
         records, images = self.settings.records, len(self.shards[shard])
@@ -237,8 +246,9 @@ def _stages(
     drawn = {name: value for name, value in asdict(settings.records).items() if name not in STORED_ONLY}
     scan_stage = Stage(work, "scan", wanted | seed, source.train.fingerprint() if given is None else given.sha256)
     discovery = Stage(work, "discovery", asdict(settings.discovery) | makes | seed, scan_stage.key)
-    mixes = {"mixes": settings.records.mixes}  # label refinement draws from the dataset's codebook
-    refinement = Stage(work, "refinement", asdict(settings.refinement) | mixes | seed, discovery.key)
+    # Label refinement draws from the dataset's codebooks.
+    tables = {name: getattr(settings.records, name) for name in ("mixes", "views", "view_scale", "flip")}
+    refinement = Stage(work, "refinement", {"settings": asdict(settings.refinement)} | tables | seed, discovery.key)
     images = refinement.key if given is None else f"{given.sha256} {source.size} {config.image_quality}"
     encoding = Stage(work, "encoding", asdict(settings.encoding), images)
     asked = {"further": settings.records.further}

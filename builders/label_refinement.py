@@ -1,8 +1,8 @@
 """Label refinement: keeps the teacher's prediction for a mixed image on the two classes it was mixed from.
 
 The paper's Eq. 12 is reconstructed here. `soft` is the cross-entropy of T(x̃_mix) against λ·y_i + (1−λ)·y_j; `pair` is
-−log(p_i + p_j), which asks only that the mass lies on the two classes. Partners are drawn inside the batch, and mixes
-from the codebook that the records draw from.
+−log(p_i + p_j), which asks only that the mass lies on the two classes. Partners are drawn inside the batch, views and
+mixes from the codebooks that the records draw from.
 """
 
 from __future__ import annotations
@@ -18,20 +18,39 @@ from torch import Tensor
 from builders.config import LabelRefinement
 from nrrdd_format import draws
 from nrrdd_format.codebooks import MixTable
-from nrrdd_format.replay import mix
+from nrrdd_format.replay import apply_views, mix
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PairTables:
+    """What the dataset's pairs are drawn from.
+
+    Attributes:
+        views: (V, 4) int16, crops; None: whole images are mixed.
+        flip: whether views are flipped.
+        mixes: the codebook of mixes.
+    """
+
+    views: NDArray[np.int16] | None
+    flip: bool
+    mixes: MixTable
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixes:
-    """What each image of a batch is mixed with, and how; tensors on one device.
+    """How each image of a batch is seen, what it is mixed with, and how; tensors on one device.
 
     Attributes:
+        view: (B, 4) int64, the crop of each image; None: all of it.
+        flip: (B,) bool.
         aug: (B,) int64, the partner's place in the batch.
         is_cutmix: (B,) bool.
         box: (B, 4) int64, for CutMix.
         lam: (B,) float, the share of the image itself.
     """
 
+    view: Tensor | None
+    flip: Tensor
     aug: Tensor
     is_cutmix: Tensor
     box: Tensor
@@ -43,7 +62,8 @@ def label_refinement_loss(
 ) -> Tensor:
     """L_lr (scalar) of images (B, 3, S, S) of classes `targets` (B,), each mixed with its partner."""
     org = torch.arange(len(pixels), device=pixels.device)
-    mixed = mix(pixels, org, mixes.aug, mixes.is_cutmix, mixes.box, mixes.lam)
+    views = pixels if mixes.view is None else apply_views(pixels, mixes.view, mixes.flip)
+    mixed = mix(views, org, mixes.aug, mixes.is_cutmix, mixes.box, mixes.lam)
     log_p = model(mixed).float().log_softmax(1)
     partners = targets[mixes.aug]
     log_p_org = log_p.gather(1, targets[:, None]).squeeze(1)
@@ -56,21 +76,39 @@ def label_refinement_loss(
 class MixDraws:
     """The mixes of one batch, fresh in every step; draws are keyed by (seed, batch, step)."""
 
-    def __init__(self, labels: NDArray[np.int64], table: MixTable, seed: int, batch: int) -> None:
-        self._partners, self._table = partner_choices(labels), table
+    def __init__(self, labels: NDArray[np.int64], tables: PairTables, seed: int, batch: int) -> None:
+        self._partners, self._tables = partner_choices(labels), tables
         self._seed, self._batch = seed, batch
 
     def draw(self, step: int, device: torch.device) -> Mixes:
         """The step's mixes."""
-        count, table = len(self._partners), self._table
+        count, table = len(self._partners), self._tables.mixes
         drawn = draws.integers(self._seed, "refinement-mix", self._batch, step, count=count, high=len(table))
         columns = {
+            "flip": self._draw_flips(step),
             "aug": self._draw_partners(step),
             "is_cutmix": table.is_cutmix[drawn],
             "box": table.box[drawn].astype(np.int64),
             "lam": table.lam[drawn],
         }
-        return Mixes(**{name: torch.from_numpy(column).to(device) for name, column in columns.items()})
+        views = self._draw_views(step)
+        return Mixes(
+            view=None if views is None else torch.from_numpy(views).to(device),
+            **{name: torch.from_numpy(column).to(device) for name, column in columns.items()},
+        )
+
+    def _draw_views(self, step: int) -> NDArray[np.int64] | None:
+        count, views = len(self._partners), self._tables.views
+        if views is None:
+            return None
+        drawn = draws.integers(self._seed, "refinement-view", self._batch, step, count=count, high=len(views))
+        return views[drawn].astype(np.int64)
+
+    def _draw_flips(self, step: int) -> NDArray[np.bool_]:
+        count = len(self._partners)
+        if not self._tables.flip:
+            return np.zeros(count, bool)
+        return draws.uniform(self._seed, "refinement-flip", self._batch, step, count=count) < 0.5
 
     def _draw_partners(self, step: int) -> NDArray[np.int64]:
         chance = draws.uniform(self._seed, "refinement-partner", self._batch, step, count=len(self._partners))

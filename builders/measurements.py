@@ -86,7 +86,6 @@ def refinement_seconds(job: Job, images: NDArray[np.uint8]) -> float:
     """Seconds of one refinement step of a full batch, once it is compiled where that is wanted."""
     batch = job.batches[0]
     initial = images[np.arange(len(batch)) % len(images)]
-    _, mixes = job.layout(0).codebooks
     passes = Passes(job.eyes, replace(job.settings.refinement, iterations=STEPS))
 
     def run() -> RefinedBatch:
@@ -94,7 +93,7 @@ def refinement_seconds(job: Job, images: NDArray[np.uint8]) -> float:
             initial,
             job.labels[batch],
             passes,
-            mixes=mixes,
+            tables=job.pair_tables,
             seed=job.config.seed,
             batch=0,
             on_steps=lambda steps, terms: None,

@@ -188,7 +188,6 @@ def discover(job: Job, usable: list[NDArray[np.int64]]) -> None:
 def refine(job: Job) -> None:
     """Stage 2 for every batch."""
     settings, batches = job.settings.refinement, job.batches
-    _, mixes = job.layout(0).codebooks
     mine = _open_units(job, job.refinement, BATCH_ARRAY, range(len(batches)))
     passes = Passes(job.eyes, settings)
     if mine and settings.compile:
@@ -199,7 +198,7 @@ def refine(job: Job) -> None:
                 job.initial_images(batches[batch]),
                 job.labels[batches[batch]],
                 passes,
-                mixes=mixes,
+                tables=job.pair_tables,
                 seed=job.config.seed,
                 batch=batch,
                 on_steps=lambda steps, terms: progress.advance(steps, **terms),

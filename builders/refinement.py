@@ -22,10 +22,9 @@ from torch.nn import functional as F
 from builders.compiled import compile_errors, compiled
 from builders.config import RefinementSettings
 from builders.discovery import Eyes
-from builders.label_refinement import MixDraws
+from builders.label_refinement import MixDraws, PairTables
 from builders.passes import Passes
 from nrrdd_format import draws
-from nrrdd_format.codebooks import MixTable
 
 REPORT_STEPS = 25
 """Reading a loss makes a GPU wait, so it is done once in so many steps."""
@@ -49,7 +48,7 @@ def refine_batch(
     labels: NDArray[np.int64],
     passes: Passes,
     *,
-    mixes: MixTable,
+    tables: PairTables,
     seed: int,
     batch: int,
     on_steps: Callable[[int, dict[str, float]], None],
@@ -60,7 +59,7 @@ def refine_batch(
         initial: (B, 3, S, S) uint8.
         labels: (B,) class of each image.
         passes: the teacher and the stage's settings; the same for all batches.
-        mixes: the dataset's mix codebook: label refinement mixes as the records will.
+        tables: label refinement sees and mixes images as the records will.
         seed: the build's seed.
         batch: the batch's number, which keys its random draws.
         on_steps: called after every few steps with their number and the last one's unweighted terms of the loss.
@@ -71,7 +70,7 @@ def refine_batch(
     eyes, settings = passes.eyes, passes.settings
     pixels = eyes.see(initial).contiguous(memory_format=torch.channels_last)
     targets = torch.from_numpy(labels).to(eyes.device)
-    objective = Objective(passes, targets, mixes, seed, batch)
+    objective = Objective(passes, targets, tables, seed, batch)
     adam = MaskedAdam(pixels, step_mask(eyes, pixels, targets, settings), _pixel_range(eyes), settings)
     losses: dict[str, float] = {}
     with passes.batchnorm, compile_errors():
@@ -100,9 +99,9 @@ def step_mask(eyes: Eyes, pixels: Tensor, targets: Tensor, settings: RefinementS
 class Objective:
     """The refinement loss of one batch; its random draws are keyed by (seed, batch, step)."""
 
-    def __init__(self, passes: Passes, targets: Tensor, mixes: MixTable, seed: int, batch: int) -> None:
+    def __init__(self, passes: Passes, targets: Tensor, tables: PairTables, seed: int, batch: int) -> None:
         self._passes, self._targets = passes, targets
-        self._mixes = MixDraws(targets.cpu().numpy(), mixes, seed, batch)
+        self._mixes = MixDraws(targets.cpu().numpy(), tables, seed, batch)
         self._seed, self._batch = seed, batch
 
     def gradient(self, pixels: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -211,14 +211,14 @@ def apply_views(images: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
     ever reduced. CPU and GPU agree within one grey level.
 
     Args:
-        images: (U, 3, S, S) uint8.
+        images: (U, 3, S, S) uint8, or floating point (then gradients flow to it).
         boxes: (U, 4) integer boxes inside the image.
         flips: (U,) bool.
 
     Returns:
-        (U, 3, S, S) uint8, channels last in memory.
+        (U, 3, S, S) of the images' type, channels last in memory; uint8 is rounded, floating point is not.
     """
-    if images.device.type == "cpu":
+    if images.device.type == "cpu" and not images.is_floating_point():
         return stack_images([_view(*one) for one in zip(images, boxes.tolist(), flips.tolist(), strict=True)])
     return _views_batched(images, boxes, flips)
 
@@ -309,8 +309,13 @@ def _views_batched(images: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
     columns = _source_positions(left, width, size)
     columns = torch.where(flips[:, None], columns.flip(1), columns)
     grid = torch.stack([columns[:, None, :].expand(-1, size, -1), rows[:, :, None].expand(-1, -1, size)], dim=-1)
-    views = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return views.round_().to(torch.uint8).contiguous(memory_format=torch.channels_last)
+    values = images if images.is_floating_point() else images.float()
+    views = F.grid_sample(values, grid.to(values.dtype), mode="bilinear", padding_mode="border", align_corners=False)
+    return (
+        views
+        if images.is_floating_point()
+        else views.round_().to(torch.uint8).contiguous(memory_format=torch.channels_last)
+    )
 
 
 def _source_positions(start: Tensor, length: Tensor, size: int) -> Tensor:

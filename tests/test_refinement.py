@@ -20,7 +20,7 @@ from builders.cam import ClassActivation
 from builders.compiled import compile_errors, compiled
 from builders.config import LabelRefinement, RefinementSettings
 from builders.discovery import Eyes
-from builders.label_refinement import MixDraws, Mixes, label_refinement_loss, partner_choices
+from builders.label_refinement import MixDraws, Mixes, PairTables, label_refinement_loss, partner_choices
 from builders.models import create_model
 from builders.passes import Passes
 from builders.refinement import (
@@ -33,8 +33,9 @@ from builders.refinement import (
     refine_batch,
     step_mask,
 )
-from nrrdd_format.codebooks import MixTable, mix_codebook
+from nrrdd_format.codebooks import MixTable, mix_codebook, view_codebook
 from nrrdd_format.errors import ConfigError
+from nrrdd_format.replay import apply_views
 
 SETTINGS = RefinementSettings(
     iterations=12,
@@ -46,11 +47,16 @@ SETTINGS = RefinementSettings(
     alpha_bn=0.01,
     alpha_lr=1.0,
     label_refinement="soft",
+    label_refinement_views=True,
     jitter=False,
     batch_size=100,
     mix="cutmix",
 )
-MIXES = MixTable.from_entries(mix_codebook(0, 16, "both", count=64), 16)
+TABLES = PairTables(
+    views=view_codebook(0, 16, (0.3, 1.0), count=32),
+    flip=True,
+    mixes=MixTable.from_entries(mix_codebook(0, 16, "both", count=64), 16),
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +84,7 @@ def _refine(eyes: Eyes, settings: RefinementSettings, steps: list[dict[str, floa
         if steps is not None:
             steps.append(terms)
 
-    return refine_batch(images, labels, Passes(eyes, settings), mixes=MIXES, seed=0, batch=0, on_steps=record)
+    return refine_batch(images, labels, Passes(eyes, settings), tables=TABLES, seed=0, batch=0, on_steps=record)
 
 
 def test_critical_pixels_never_change_and_others_do(eyes: Eyes) -> None:
@@ -132,7 +138,7 @@ def test_losses_are_reported_every_few_steps_and_at_the_end(eyes: Eyes, iteratio
     reports: list[tuple[int, dict[str, float]]] = []
     passes = Passes(eyes, replace(SETTINGS, iterations=iterations))
     result = refine_batch(
-        images, labels, passes, mixes=MIXES, seed=0, batch=0, on_steps=lambda *args: reports.append(args)
+        images, labels, passes, tables=TABLES, seed=0, batch=0, on_steps=lambda *args: reports.append(args)
     )
     assert [count for count, _ in reports] == counts and REPORT_STEPS == 25
     assert result.losses == reports[-1][1]
@@ -144,7 +150,7 @@ def test_losses_are_reported_every_few_steps_and_at_the_end(eyes: Eyes, iteratio
 def _plain_gradient(passes: Passes, pixels: torch.Tensor, targets: torch.Tensor, step: int) -> torch.Tensor:
     """The gradient as the loss is written down: one graph of both passes, float32."""
     pixels = pixels.detach().requires_grad_(True)
-    settings, mixes = passes.settings, MixDraws(targets.numpy(), MIXES, 0, 0).draw(step, pixels.device)
+    settings, mixes = passes.settings, MixDraws(targets.numpy(), TABLES, 0, 0).draw(step, pixels.device)
     seen = jitter(pixels, 0, 0, step) if settings.jitter else pixels
     logits, batchnorm = passes.batchnorm(seen)
     loss = nn.functional.cross_entropy(logits, targets) + settings.alpha_bn * batchnorm
@@ -158,7 +164,7 @@ def test_two_passes_give_the_gradient_of_one_graph(eyes: Eyes, jittered: bool) -
     images, labels = _initial()
     pixels, targets = eyes.see(images), torch.from_numpy(labels)
     passes = Passes(eyes, replace(SETTINGS, jitter=jittered))
-    objective = Objective(passes, targets, MIXES, 0, 0)
+    objective = Objective(passes, targets, TABLES, 0, 0)
     with passes.batchnorm:
         for step in range(3):
             gradient, _ = objective.gradient(pixels, step)
@@ -210,7 +216,7 @@ def _gradient(
     passes: Passes, pixels: torch.Tensor, targets: torch.Tensor, step: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     with passes.batchnorm:
-        return Objective(passes, targets, MIXES, 0, 0).gradient(pixels, step)
+        return Objective(passes, targets, TABLES, 0, 0).gradient(pixels, step)
 
 
 def _adam(pixels: torch.Tensor, mask: torch.Tensor, settings: RefinementSettings) -> MaskedAdam:
@@ -333,15 +339,62 @@ def test_label_refinement_is_its_definition(kind: LabelRefinement) -> None:
             return torch.log(torch.tensor([0.5, 0.3, 0.2])).repeat(len(images), 1)
 
     targets, swapped = torch.tensor([0, 1]), torch.tensor([1, 0])
-    mixes = Mixes(aug=swapped, is_cutmix=torch.zeros(2) > 0, box=torch.zeros(2, 4), lam=torch.full((2,), 0.25))
+    whole, unflipped = None, torch.zeros(2) > 0
+    mixes = Mixes(
+        view=whole,
+        flip=unflipped,
+        aug=swapped,
+        is_cutmix=torch.zeros(2) > 0,
+        box=torch.zeros(2, 4),
+        lam=torch.full((2,), 0.25),
+    )
     loss = label_refinement_loss(Constant(), torch.zeros(2, 3, 8, 8), targets, mixes, kind)
     soft = -np.mean([0.25 * np.log(a) + 0.75 * np.log(b) for a, b in ((0.5, 0.3), (0.3, 0.5))])
     assert float(loss) == pytest.approx(soft if kind == "soft" else -np.log(0.8))
 
 
+def test_label_refinement_sees_views(eyes: Eyes) -> None:
+    """The loss is that of the views mixed whole, and pixels that no view shows get no gradient."""
+    pixels, targets = torch.rand(2, 3, 16, 16, requires_grad=True), torch.tensor([0, 1])
+    box, flips = torch.tensor([[0, 0, 8, 8], [4, 6, 8, 10]]), torch.tensor([True, False])
+    half = torch.full((2,), 0.5)
+    mixes = Mixes(
+        view=box, flip=flips, aug=torch.tensor([1, 0]), is_cutmix=torch.zeros(2) > 0, box=torch.zeros(2, 4), lam=half
+    )
+    model = eyes.activation.model
+    loss = label_refinement_loss(model, pixels, targets, mixes, "soft")
+    seen = apply_views(pixels, box, flips)
+    whole = label_refinement_loss(model, seen, targets, replace(mixes, view=None), "soft")
+    assert torch.isclose(loss, whole)
+    (gradient,) = torch.autograd.grad(loss, pixels)
+    shown = torch.zeros(2, 16, 16, dtype=torch.bool)
+    shown[0, :8, :8], shown[1, 4:12, 6:] = True, True
+    assert not gradient.abs().amax(1)[~shown].any()
+    assert gradient.abs().amax(1)[shown].gt(0).float().mean() > 0.9
+
+
+def test_views_and_flips_are_drawn_from_the_tables_anew_in_every_step() -> None:
+    labels, device = np.arange(64) % 4, torch.device("cpu")
+    draws = MixDraws(labels, TABLES, 0, 0)
+    first, second = draws.draw(0, device), draws.draw(1, device)
+    assert first.view is not None and second.view is not None and TABLES.views is not None
+    known = {tuple(view) for view in TABLES.views.tolist()}
+    assert {tuple(view) for view in first.view.tolist()} <= known
+    assert (first.view != second.view).any() and (first.flip != second.flip).any()
+    assert 0.25 < first.flip.float().mean() < 0.75
+    again = MixDraws(labels, TABLES, 0, 0).draw(0, device).view
+    assert again is not None and torch.equal(first.view, again)
+    assert not MixDraws(labels, replace(TABLES, flip=False), 0, 0).draw(0, device).flip.any()
+    whole = MixDraws(labels, replace(TABLES, views=None), 0, 0).draw(0, device)
+    assert whole.view is None
+    assert torch.equal(whole.aug, first.aug)
+
+
 def test_gradients_flow_through_the_mix_to_both_images(eyes: Eyes) -> None:
     pixels, targets = torch.rand(2, 3, 16, 16, requires_grad=True), torch.tensor([0, 1])
-    mixes = MixDraws(targets.numpy(), MixTable.from_entries([0.5], 16), 0, 0).draw(0, pixels.device)
+    mixes = MixDraws(targets.numpy(), replace(TABLES, views=None, mixes=MixTable.from_entries([0.5], 16)), 0, 0).draw(
+        0, pixels.device
+    )
     loss = label_refinement_loss(eyes.activation.model, pixels, targets, mixes, "soft")
     (gradient,) = torch.autograd.grad(loss, pixels)
     assert (gradient.abs().amax((1, 2, 3)) > 0).all()
@@ -387,7 +440,7 @@ def _graphs() -> int:
 
 def _refine_batch(passes: Passes, count: int, batch: int) -> RefinedBatch:
     images, labels = _initial(count)
-    return refine_batch(images, labels, passes, mixes=MIXES, seed=0, batch=batch, on_steps=lambda steps, terms: None)
+    return refine_batch(images, labels, passes, tables=TABLES, seed=0, batch=batch, on_steps=lambda steps, terms: None)
 
 
 @needs_compiler

@@ -98,6 +98,16 @@ def test_views_match_a_float64_reference_within_one_level(form: Callable[..., Te
         assert (view.double() - reference_view(image, box, flip)).abs().max() <= 1
 
 
+def test_views_of_floating_point_images_are_not_rounded_and_let_gradients_through() -> None:
+    pairs = random_pairs(16)
+    images = pairs.images.double().requires_grad_(True)
+    views = apply_views(images, pairs.boxes, pairs.flips)
+    for view, image, box, flip in zip(views, pairs.images, pairs.boxes.tolist(), pairs.flips.tolist(), strict=True):
+        assert (view - reference_view(image, box, flip)).abs().max() < 0.01
+    (gradient,) = torch.autograd.grad(views.sum(), images)
+    assert (gradient != 0).any(3).any(2).any(1).all()
+
+
 @given(seed=st.integers(0, 2**20), size=st.integers(2, 40))
 def test_batched_views_agree_with_one_by_one_within_one_level(seed: int, size: int) -> None:
     pairs = random_pairs(size, images=4, seed=seed)

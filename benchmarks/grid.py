@@ -34,13 +34,15 @@ Changes = tuple[tuple[str, Any], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class ImageKind:
-    """What a kind of images starts from, and how it is refined; `mask` and `label_refinement` only matter if it is."""
+    """What a kind of images starts from, and how it is refined; what follows `refined` only matters if it is."""
 
     init: Init = "cidd"
     confidence: Confidence = BuildConfig.confidence
     refined: bool = False
     mask: Mask = "non-critical"
     label_refinement: bool = False
+    views: bool = True
+    """Whether label refinement mixes views, not whole images."""
 
 
 IMAGES = {
@@ -50,6 +52,7 @@ IMAGES = {
     "random-patches": ImageKind(confidence="random"),
     "nrr": ImageKind(refined=True),
     "nrr+lr": ImageKind(refined=True, label_refinement=True),
+    "nrr+lr-whole": ImageKind(refined=True, label_refinement=True, views=False),
     "discovery+nrr": ImageKind(confidence="lowest", refined=True),
     "discovery+nrr+lr": ImageKind(confidence="lowest", refined=True, label_refinement=True),
     "random-patches+nrr": ImageKind(confidence="random", refined=True),
@@ -297,6 +300,7 @@ def _build_options(grid: Grid, cell: Cell) -> BuildConfig:
         init=kind.init,
         confidence=kind.confidence,
         mask=kind.mask,
+        label_refinement_views=kind.views,
         iterations=grid.iterations if kind.refined else 0,
         epochs=stored_epochs(grid),
         seed=cell.seed,
@@ -331,12 +335,14 @@ def image_kind(method: dict[str, Any]) -> str | None:
     """The name of the kind that a build with these settings (the manifest's `method`) is of; None if it is of none."""
     discovery, refinement = method["discovery"], method["refinement"]
     refined = bool(refinement["iterations"])
+    label_refinement = refined and refinement["alpha_lr"] > 0
     kind = ImageKind(
         init=discovery["init"],
         confidence=discovery["confidence"] if discovery["init"] == "cidd" else ImageKind.confidence,
         refined=refined,
         mask=refinement.get("mask", ImageKind.mask) if refined else ImageKind.mask,
-        label_refinement=refined and refinement["alpha_lr"] > 0,
+        label_refinement=label_refinement,
+        views=refinement.get("label_refinement_views", False) if label_refinement else ImageKind.views,
     )
     return next((name for name, known in IMAGES.items() if known == kind), None)
 

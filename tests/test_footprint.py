@@ -283,7 +283,7 @@ def test_nothing_to_measure_ends_with_one_line(capsys: pytest.CaptureFixture[str
 
 METHOD = {
     "name": "NRR-DD",
-    "refinement": {"iterations": 5, "alpha_lr": 1.0},
+    "refinement": {"iterations": 5, "alpha_lr": 1.0, "label_refinement_views": True},
     "discovery": {"init": "cidd", "confidence": "highest"},
 }
 

@@ -93,9 +93,10 @@ class Bench:
     @property
     def ways(self) -> dict[str, RefinementSettings]:
         """The forms in which refinement is timed."""
+        plain = refinement_settings(iterations=self.iterations, batch_size=len(self.images))
         return {
             f"{precision}, compiled" if is_compiled else precision: replace(
-                _settings(self), precision=precision, compile=is_compiled
+                plain, precision=precision, compile=is_compiled
             )
             for is_compiled in ((False, True) if self.compile else (False,))
             for precision in _PRECISIONS
@@ -151,12 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The command's parser."""
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description="Time the builder's stages.")
-    parser.add_argument("--architecture", default="resnet18", metavar="ARCH", help="an untrained teacher (resnet18)")
-    parser.add_argument(
-        "--teacher-checkpoint", type=Path, metavar="FILE", help="a trained one by nrrdd teacher instead"
-    )
-    parser.add_argument("--classes", type=int, default=1000, metavar="C", help="of the untrained teacher (1000)")
-    parser.add_argument("--size", type=int, default=64, metavar="PX", help="side of the images (64)")
+    add_teacher(parser)
     parser.add_argument("--batch-size", type=int, default=20, metavar="B", help="images refined together (20)")
     parser.add_argument("--iterations", type=int, default=3, metavar="N", help="steps timed in a repeat (3)")
     parser.add_argument("--source-images", type=int, default=500, metavar="N", help="JPEGs of discovery (500)")
@@ -168,6 +164,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write <date>-builder-throughput-….{json,md} here")
     add_device(parser)
     return parser
+
+
+def add_teacher(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that `make_eyes` reads, but for --device."""
+    parser.add_argument("--architecture", default="resnet18", metavar="ARCH", help="an untrained teacher (resnet18)")
+    parser.add_argument(
+        "--teacher-checkpoint", type=Path, metavar="FILE", help="a trained one by nrrdd teacher instead"
+    )
+    parser.add_argument("--classes", type=int, default=1000, metavar="C", help="of the untrained teacher (1000)")
+    parser.add_argument("--size", type=int, default=64, metavar="PX", help="side of the images (64)")
 
 
 def report(options: argparse.Namespace) -> int:
@@ -203,26 +209,45 @@ _PRECISIONS: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
 
 def make_bench(options: argparse.Namespace, folder: Path) -> tuple[Bench, str]:
     """The teacher and the images, generated; and the teacher's architecture."""
-    device = torch.device(pick_device(options.device))
-    model, architecture = _teacher(options, device)
-    eyes = Eyes(activation=ClassActivation(model, options.size), mean=MEAN, std=STD, device=device)
+    eyes, architecture = make_eyes(options)
     names = [f"class-{label}" for label in range(SOURCE_CLASSES)]
     write_images(folder, names, options.source_images // SOURCE_CLASSES, options.size)
-    pixels = np.stack([picture(number, options.size).transpose(2, 0, 1) for number in range(options.batch_size)])
     return Bench(
         eyes=eyes,
-        images=pixels,
-        labels=np.arange(options.batch_size) % SOURCE_CLASSES,
-        tables=PairTables(
-            views=view_codebook(SEED, options.size, (0.5, 1.0)),
-            flip=True,
-            mixes=MixTable.from_entries(mix_codebook(SEED, options.size, "cutmix"), options.size),
-        ),
+        images=pictures(options.batch_size, options.size),
+        labels=some_labels(options.batch_size),
+        tables=pair_tables(options.size),
         source=list_classes(folder, names, options.size),
         iterations=options.iterations,
         threads=options.threads,
         compile=options.compile,
     ), architecture
+
+
+def make_eyes(options: argparse.Namespace) -> tuple[Eyes, str]:
+    """The teacher that the options name, ready to see images; and its architecture."""
+    device = torch.device(pick_device(options.device))
+    model, architecture = _teacher(options, device)
+    return Eyes(activation=ClassActivation(model, options.size), mean=MEAN, std=STD, device=device), architecture
+
+
+def pictures(count: int, size: int) -> np.ndarray:
+    """Generated images (count, 3, size, size) uint8."""
+    return np.stack([picture(number, size).transpose(2, 0, 1) for number in range(count)])
+
+
+def some_labels(count: int) -> np.ndarray:
+    """Classes (count,) int64 of as many images."""
+    return np.arange(count) % SOURCE_CLASSES
+
+
+def pair_tables(size: int) -> PairTables:
+    """What label refinement draws from at this size, as in a build with `refinement_settings`."""
+    return PairTables(
+        views=view_codebook(SEED, size, (0.5, 1.0)),
+        flip=True,
+        mixes=MixTable.from_entries(mix_codebook(SEED, size, "cutmix"), size),
+    )
 
 
 def _teacher(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, str]:
@@ -270,9 +295,10 @@ def _steps(bench: Bench) -> int:
     return bench.iterations * len(bench.images)
 
 
-def _settings(bench: Bench) -> RefinementSettings:
+def refinement_settings(*, iterations: int, batch_size: int) -> RefinementSettings:
+    """A build's default ones, in float32."""
     return RefinementSettings(
-        iterations=bench.iterations,
+        iterations=iterations,
         learning_rate=0.05,
         schedule="cosine",
         mask="non-critical",
@@ -283,7 +309,7 @@ def _settings(bench: Bench) -> RefinementSettings:
         label_refinement="soft",
         label_refinement_views=True,
         jitter=False,
-        batch_size=len(bench.images),
+        batch_size=batch_size,
         mix="cutmix",
     )
 

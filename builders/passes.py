@@ -30,8 +30,8 @@ class Passes:
         self.eyes, self.settings = eyes, settings
         self.model = eyes.activation.model
         self.batchnorm = BatchNormLoss(self.model, settings.first_bn_factor)
-        self._forward_unmixed = compiled(self._unmixed, settings.compile)
-        self._forward_mixed = compiled(self._mixed, settings.compile)
+        self._forward_unmixed = compiled(self.unmixed_losses, settings.compile)
+        self._forward_mixed = compiled(self.mixed_loss, settings.compile)
 
     def unmixed(self, pixels: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The gradient of L_ce + α_bn·L_bn, like the pixels float32, and the terms (scalars, unweighted)."""
@@ -47,12 +47,14 @@ class Passes:
         (gradient,) = torch.autograd.grad(self.settings.alpha_lr * loss, pixels)
         return gradient, {"lr": loss.detach()}
 
-    def _unmixed(self, pixels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def unmixed_losses(self, pixels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """L_ce and L_bn of the pixels as they are."""
         with self._precision(pixels):
             logits, batchnorm = self.batchnorm(pixels)
         return F.cross_entropy(logits.float(), targets), batchnorm
 
-    def _mixed(self, pixels: Tensor, targets: Tensor, mixes: Mixes) -> Tensor:
+    def mixed_loss(self, pixels: Tensor, targets: Tensor, mixes: Mixes) -> Tensor:
+        """L_lr of the pixels."""
         with self._precision(pixels):
             return label_refinement_loss(self.model, pixels, targets, mixes, self.settings.label_refinement)
 

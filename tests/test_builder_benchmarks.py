@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import build_scaling, builder_throughput, wide_build
+from benchmarks import build_scaling, builder_throughput, gradient_cosine, wide_build
 from benchmarks.build_watch import STAGES, take_sample
+from benchmarks.gradient_cosine import Decisions
 from benchmarks.plain_recover import recover
 
 TINY = ["--size", "16", "--architecture", "conv2-w4", "--threads", "1", "--device", "cpu"]
@@ -67,6 +68,44 @@ def test_builder_throughput_times_every_stage(tmp_path: Path, capsys: pytest.Cap
 def test_a_shape_that_cannot_be_timed_is_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert builder_throughput.main([*TINY, option, value]) == 2
     assert option in capsys.readouterr().err
+
+
+def test_rounding_turns_the_gradient_by_what_relus_decide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An untrained deep network: far from float32's gradient, and close to it with float32's decisions."""
+    options = ["--architecture", "resnet18-small-w8", "--size", "16", "--classes", "10", "--batch-size", "8"]
+    assert gradient_cosine.main([*options, "--threads", "1", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    record, text = _record(tmp_path)
+    rows, differing = record["rows"], record["differing_decisions"]
+    assert isinstance(rows, list) and isinstance(differing, list)
+    assert [row["term"] for row in rows] == ["ce", "bn", "lr", "all"]
+    assert all(row["cosine"] < 0.99 and row["forced"] > 0.999 for row in rows)
+    assert len(differing) == 17 and 0 < differing[0] < differing[-1] < 0.1
+    assert "| all" in text and "| all" in capsys.readouterr().out
+
+
+def test_a_batch_that_cannot_be_mixed_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gradient_cosine.main(["--batch-size", "1"]) == 2
+    assert "--batch-size: found 1" in capsys.readouterr().err
+
+
+def test_decisions_change_nothing_until_they_are_forced() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1), nn.Conv2d(4, 4, 3))
+    images, others = torch.randn(2, 3, 12, 12, requires_grad=True), torch.randn(2, 3, 12, 12)
+
+    def gradient(decisions: Decisions | None) -> torch.Tensor:
+        with decisions or torch.enable_grad():
+            value = model(images).square().sum()
+        return torch.autograd.grad(value, images)[0]
+
+    kept, foreign = Decisions(), Decisions()
+    torch.testing.assert_close(gradient(kept), gradient(None))
+    mask, places = kept.made
+    assert mask.dtype == torch.bool and places.dtype == torch.int64
+    torch.testing.assert_close(gradient(Decisions(kept.made)), gradient(None))
+    with foreign:
+        model(others)
+    assert not torch.allclose(gradient(Decisions(foreign.made)), gradient(None))
 
 
 def test_the_plain_loop_lowers_its_loss_within_bounds() -> None:

@@ -191,8 +191,8 @@ def _trained(architecture: str) -> nn.Module:
 def test_bfloat16_gradients_point_where_float32_ones_do(architecture: str, cosine: float) -> None:
     """At every step of a run, and images that end close together.
 
-    The more layers and the fewer channels, the more the roundings add up; `benchmarks.builder_throughput` reports the
-    cosine for the teacher that it measures.
+    The less a network is trained and the more layers it has, the more the roundings grow;
+    `benchmarks.gradient_cosine` reports the cosine of a teacher, and what turns it.
     """
     activation = ClassActivation(_trained(architecture), 16)
     wide = Eyes(activation=activation, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3), device=torch.device("cpu"))

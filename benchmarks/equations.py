@@ -34,6 +34,7 @@ from benchmarks.grid import (
 from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
 from benchmarks.spread import gaps, interval, spread
 from benchmarks.teacher import TeacherConfig
+from builders.config import PATCH_OPTIONS
 from builders.sources import load_source
 from nrrdd_format.errors import ConfigError
 from nrrdd_format.files import atomic_write
@@ -121,8 +122,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=tuple(CHOICES),
         metavar="OPTION",
-        default=list(CHOICES),
-        help=f"of {', '.join(CHOICES)} (all)",
+        help=f"of {', '.join(CHOICES)} (all that matter for the images)",
     )
     parser.add_argument(
         "--images", choices=tuple(IMAGES), default="nrr+lr", metavar="KIND", help="that choices vary (nrr+lr)"
@@ -160,7 +160,7 @@ def measure_equations(options: argparse.Namespace) -> int:
         iterations=options.iterations,
         device=pick_device(options.device),
     )
-    choices = [CHOICES[name] for name in options.choices]
+    choices = choices_for(options.images) if options.choices is None else [CHOICES[name] for name in options.choices]
     cells = all_cells(grid, choices)
     table = read_cells(grid, cells) if options.collect else run_grid(grid, source, cells)
     if not any(cell in table for cell in grid.cells()):
@@ -170,6 +170,12 @@ def measure_equations(options: argparse.Namespace) -> int:
     print(f"\n{text}")
     _write_results(options.results, options.name or f"{grid.dataset}-{options.images}", grid, table, rows, text)
     return 0
+
+
+def choices_for(images: str) -> list[Choice]:
+    """The choices that matter for a kind of images: those among patches only where images are made of patches."""
+    patches = IMAGES[images].init == "cidd"
+    return [choice for choice in CHOICES.values() if patches or choice.option not in PATCH_OPTIONS]
 
 
 def all_cells(grid: Grid, choices: Sequence[Choice]) -> list[Cell]:

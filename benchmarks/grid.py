@@ -20,7 +20,7 @@ from benchmarks.footprint import Footprint, measure, soft_label_bytes
 from benchmarks.results_io import write_json
 from benchmarks.student import Labels, StudentConfig, load_dataset_teacher, train_student
 from benchmarks.teacher import TeacherConfig, summary, train_and_save
-from builders.config import BuildConfig, Confidence, Init, Mask
+from builders.config import PATCH_OPTIONS, BuildConfig, Confidence, Init, Mask
 from builders.pipeline import build
 from builders.sources import Source
 from nrrdd_format.dataset import open_dataset
@@ -191,9 +191,15 @@ Table = dict[Cell, Result]
 
 
 def run_grid(grid: Grid, source: Source, cells: Iterable[Cell] | None = None) -> Table:
-    """Runs those of the cells (None: all of the grid's) that have no result yet, a line for each; returns them all."""
+    """Runs those of the cells (None: all of the grid's) that have no result yet, a line for each; returns them all.
+
+    Raises:
+        ConfigError: a cell's options do not go together; no student is trained then.
+    """
     ensure_teacher(grid, source)
     wanted = list(grid.cells() if cells is None else cells)
+    for cell in wanted:
+        build_config(grid, cell)
     table = read_cells(grid, wanted)
     missing = [cell for cell in wanted if cell not in table]
     started = time.perf_counter()
@@ -283,11 +289,14 @@ def require_teacher(checkpoint: Path) -> None:
 
 def build_config(grid: Grid, cell: Cell) -> BuildConfig:
     """The build of a cell's images; builds of one seed share the results of the stages they have in common."""
-    return replace(_build_options(grid, cell), out=dataset_path(grid, cell))
+    changes = dict(cell.build)
+    if changes.get("init", "cidd") != "cidd":  # then the kind's options of patches mean nothing
+        changes = {name: getattr(BuildConfig, name) for name in PATCH_OPTIONS} | changes
+    return replace(_kind_config(grid, cell), out=dataset_path(grid, cell), **changes)
 
 
-def _build_options(grid: Grid, cell: Cell) -> BuildConfig:
-    """The build, into a folder that is not named yet."""
+def _kind_config(grid: Grid, cell: Cell) -> BuildConfig:
+    """The build of the cell's kind of images without the cell's changes, into a folder that is not named yet."""
     kind = IMAGES[cell.images]
     config = BuildConfig(
         dataset=grid.dataset,
@@ -306,9 +315,7 @@ def _build_options(grid: Grid, cell: Cell) -> BuildConfig:
         seed=cell.seed,
         device=grid.device,
     )
-    if not kind.label_refinement:
-        config = replace(config, alpha_lr=0.0)
-    return replace(config, **dict(cell.build))
+    return config if kind.label_refinement else replace(config, alpha_lr=0.0)
 
 
 def stored_epochs(grid: Grid) -> int:
@@ -349,7 +356,7 @@ def image_kind(method: dict[str, Any]) -> str | None:
 
 def dataset_path(grid: Grid, cell: Cell) -> Path:
     """The folder of a cell's dataset."""
-    options = asdict(_build_options(grid, cell))
+    options = asdict(_kind_config(grid, cell)) | dict(cell.build)
     decisive = {name: value for name, value in options.items() if name not in PLACES}
     key = _key(decisive, file_sha256(grid.teacher_checkpoint))
     return grid.out / "datasets" / f"ipc{cell.ipc}-{cell.images}-seed{cell.seed}-{key}"

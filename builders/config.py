@@ -188,6 +188,9 @@ MAKING_OPTIONS = (
 )
 """Options of discovery and refinement, which given images do not go through."""
 
+PATCH_OPTIONS = ("confidence", "crop_score")
+"""Options of the patches that `--init cidd` alone makes images of."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
@@ -301,6 +304,7 @@ class BuildConfig:
         if self.from_images is None:
             if self.images_method is not None:
                 raise ConfigError("--images-method: found without --from-images, expected with it")
+            self._check_patches()
             return
         if str(self.from_images) == HUB_PREFIX:
             raise ConfigError("--from-images: found hf: alone, expected hf:FOLDER or hf:NAME")
@@ -309,6 +313,15 @@ class BuildConfig:
                 raise ConfigError(
                     f"--{name.replace('_', '-')}: found with --from-images, whose images are neither discovered nor "
                     f"refined; leave the option out"
+                )
+
+    def _check_patches(self) -> None:
+        for name in PATCH_OPTIONS:
+            found = getattr(self, name)
+            if self.init != "cidd" and found != getattr(BuildConfig, name):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: found {found} with --init {self.init}, which chooses no patches; "
+                    f"leave one of the options out"
                 )
 
     @property

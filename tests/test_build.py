@@ -384,6 +384,8 @@ def test_imagenet_without_data_says_in_one_line_what_is_missing(tmp_path: Path) 
         ({"alpha_bn": float("inf")}, "--alpha-bn: found inf"),
         ({"min_teacher_top1": 85.0}, "--min-teacher-top1: found 85"),
         ({"shard_images": 20000}, "--shard-images: found 20000"),
+        ({"init": "real", "confidence": "lowest"}, "--confidence: found lowest with --init real"),
+        ({"init": "noise", "crop_score": "mean"}, "--crop-score: found mean with --init noise"),
     ],
 )
 def test_impossible_options_are_named(source: Path, tmp_path: Path, change: dict[str, object], message: str) -> None:

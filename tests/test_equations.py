@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from benchmarks import equations, pair_mass
-from benchmarks.equations import CHOICES, all_cells, compare
+from benchmarks.equations import CHOICES, all_cells, choices_for, compare
 from benchmarks.grid import Cell, Grid, Result, build_config, cell_path, student_config
 from benchmarks.student import StudentConfig
 from benchmarks.teacher import TeacherConfig
@@ -43,6 +43,28 @@ def test_every_value_of_every_choice_is_a_sound_option(grid: Grid) -> None:
             cell = choice.cell(base, value)
             changed: Any = build_config(grid, cell) if choice.of == "build" else student_config(grid, cell)
             assert getattr(changed, choice.option) == value
+
+
+def test_initial_images_without_patches_are_built_without_options_of_patches(grid: Grid) -> None:
+    base = Cell(ipc=1, images="discovery", labels="dbr", seed=0)
+    assert build_config(grid, base).confidence == "lowest"
+    assert build_config(grid, CHOICES["init"].cell(base, "real")).confidence == BuildConfig.confidence
+
+
+def test_choices_among_patches_are_left_out_where_images_come_from_none() -> None:
+    every = set(CHOICES.values())
+    assert set(choices_for("nrr+lr")) == every
+    assert every - set(choices_for("real+nrr+lr")) == {CHOICES["confidence"], CHOICES["crop-score"]}
+
+
+def test_a_choice_without_effect_is_refused_before_anything_is_run(
+    grid: Grid, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn")
+    command = f"--teacher-checkpoint {grid.teacher_checkpoint} --out {tmp_path}/out --images real+nrr --ipc 1"
+    assert equations.main([*command.split(), "--choices", "epsilon", "confidence"]) == 2
+    assert "--confidence: found random with --init real" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_choices_between_named_alternatives_leave_none_out() -> None:

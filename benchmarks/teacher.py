@@ -37,6 +37,7 @@ def train_and_save(source: Source, config: TeacherConfig, out: Path) -> dict[str
     Raises:
         ConfigError: an option that cannot work.
         DataError: too few training images.
+        TeacherError: training diverged; nothing is written.
         OutputError: a file cannot be written.
     """
     make_folder(out.parent)

@@ -30,7 +30,7 @@ from builders.reading import Batch, read_batches, read_usable
 from builders.sources import Source
 from builders.teacher import load_weights_only, measure_top1
 from nrrdd_format import draws
-from nrrdd_format.errors import ConfigError, DataError
+from nrrdd_format.errors import ConfigError, DataError, TeacherError
 from nrrdd_format.files import atomic_write
 from nrrdd_format.replay import apply_views, normalize
 
@@ -93,6 +93,7 @@ def train_teacher(
     Raises:
         ConfigError: an option cannot work, or the state at `state_path` was made with other options.
         DataError: fewer than two usable training images.
+        TeacherError: training diverged; its state is removed.
         OutputError: the state cannot be written.
     """
     _check(epochs, batch_size, learning_rate)
@@ -111,6 +112,14 @@ def train_teacher(
     finished = trainer.resume(state_path) if state_path is not None and state_path.exists() else 0
     for epoch in range(finished, epochs):
         report = trainer.train_epoch(epoch)
+        fault = trainer.fault(report)
+        if fault is not None:
+            if state_path is not None:  # the same options would lead here again, and others would not take the state
+                state_path.unlink(missing_ok=True)
+            raise TeacherError(
+                f"{architecture}: training diverged in epoch {epoch + 1} of {epochs} ({fault}); lower --learning-rate, "
+                f"which was {learning_rate:g}"
+            )
         if state_path is not None:
             trainer.save(state_path, epoch + 1)
         on_epoch(report)
@@ -182,6 +191,13 @@ class _Trainer:
         self.optimizer.step()
         self.schedule.step()
         return torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
+
+    def fault(self, report: EpochReport) -> str | None:
+        """What is not finite after an epoch, the loss or one of the network's tensors, in words."""
+        if not math.isfinite(report.loss):
+            return f"loss {report.loss}"
+        tensors = self.model.state_dict().items()
+        return next((f"{name} is not finite" for name, tensor in tensors if not bool(tensor.isfinite().all())), None)
 
     def save(self, path: Path, finished: int) -> None:
         """Writes the state after `finished` epochs; the file is whole at any moment."""

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from trap import Trap
 
+from benchmarks import cli
 from builders.image_sets import ArrayImages, FolderImages
 from builders.models import create_model
 from builders.sources import Source
@@ -32,7 +33,7 @@ from builders.teacher import (
     save_checkpoint,
     state_dict_sha256,
 )
-from builders.train_teacher import EpochReport, TrainedTeacher, augment, train_teacher
+from builders.train_teacher import EpochReport, TrainedTeacher, _Trainer, augment, train_teacher
 from nrrdd_format.errors import ConfigError, DataError, OutputError, TeacherError
 
 NAMES = ["red", "green", "blue"]
@@ -486,6 +487,47 @@ def test_damaged_state_is_refused(tmp_path: Path) -> None:
     torch.save({"run": 3}, state)
     with pytest.raises(ConfigError, match="another kind of content"):
         train(source(), state_path=state)
+
+
+DIVERGED = r"conv2-w4: training diverged in epoch [12] of 3 \(loss (nan|inf)\); lower --learning-rate, which was 1e\+30"
+
+
+def test_diverged_training_ends_and_lets_another_start(tmp_path: Path) -> None:
+    state = tmp_path / "teacher.state"
+    reports: list[EpochReport] = []
+    with pytest.raises(TeacherError, match=DIVERGED):
+        train(source(), learning_rate=1e30, state_path=state, on_epoch=reports.append)
+    assert len(reports) < 2 and not state.exists()
+    reports.clear()
+    train(source(), state_path=state, on_epoch=reports.append)
+    assert len(reports) == 3
+
+
+def test_weights_that_diverge_in_the_last_step_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = _Trainer._step
+
+    def spoilt(trainer: _Trainer, images: Tensor, labels: Tensor) -> Tensor:
+        totals = step(trainer, images, labels)
+        if trainer.schedule.last_epoch == 9:
+            trainer.model.get_buffer("features.1.1.running_var")[0] = torch.inf
+        return totals
+
+    monkeypatch.setattr(_Trainer, "_step", spoilt)
+    with pytest.raises(TeacherError, match=r"in epoch 3 of 3 \(features\.1\.1\.running_var is not finite\)"):
+        train(source(), state_path=tmp_path / "teacher.state")
+    assert not any(tmp_path.iterdir())
+
+
+def test_diverged_training_leaves_an_older_checkpoint(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = checkpoint.read_bytes()
+    monkeypatch.setattr("builders.sources.load_source", lambda *arguments, **options: source())
+    command = f"teacher --dataset coloured --epochs 3 --learning-rate 1e30 --device cpu --out {checkpoint}"
+    assert cli.main(command.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"error: {DIVERGED}", line)
+    assert checkpoint.read_bytes() == before and list(checkpoint.parent.iterdir()) == [checkpoint]
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,10 @@ class DBRLoader:
         _require(seed >= 0, f"seed: found {seed}, expected 0 or more")
         _require(num_workers >= 0, f"num_workers: found {num_workers}, expected 0 or more")
         _require(cache_bytes >= 0, f"cache_bytes: found {cache_bytes}, expected 0 or more")
+        _require(
+            cache_limit_bytes is None or (type(cache_limit_bytes) is int and cache_limit_bytes >= 1),
+            f"cache_limit_bytes: found {cache_limit_bytes}, expected a whole number of bytes, 1 or more, or None",
+        )
         _require(on_bad_shard in ("raise", "skip"), f"on_bad_shard: found {on_bad_shard!r}, expected 'raise' or 'skip'")
         _require(timeout > 0, f"timeout: found {timeout}, expected more than 0 seconds")
         _require(attempts >= 1, f"attempts: found {attempts}, expected 1 or more")

@@ -26,7 +26,7 @@ from nrrdd_format.remote import RemoteFolder
 from nrrdd_format.shards import ShardEntry
 
 _POLL = 0.05  # seconds between looks at what another process fetches
-_PATIENCE = 10  # timeouts of the remote folder that another process may show no progress
+_PATIENCE = 5  # longest pauses of a fetch that another process may show no progress: its timeout may be a longer one
 
 
 class ShardCache:
@@ -45,25 +45,27 @@ class ShardCache:
     def hold(self, entries: Sequence[ShardEntry]) -> None:
         """Fetches these shards where they are missing, and lets go of all others.
 
-        What another process is fetching is waited for, so processes that want the same shards fetch different ones.
+        What another process is fetching is waited for, so processes that want the same shards fetch different ones;
+        it may take any time, as long as bytes or new attempts come.
 
-        Raises FormatError naming the URL: a shard cannot be fetched.
+        Raises FormatError naming the URL: a shard cannot be fetched; OutputError: another process holds one and does
+        nothing.
         """
         names = {entry.name for entry in entries}
         for name in self._held.keys() - names:
             os.close(self._held.pop(name))
         waiting = [entry for entry in entries if entry.name not in self._held]
         seen: list[int] = []
-        deadline = 0.0
+        deadline, patience = 0.0, _PATIENCE * self._remote.longest_pause
         with _disk_errors(self.folder):
             while waiting := [entry for entry in waiting if not self._try_hold(entry)]:
                 progress = [_modified(self._part(entry)) for entry in waiting]
                 if progress != seen:
-                    seen, deadline = progress, time.monotonic() + _PATIENCE * self._remote.timeout
+                    seen, deadline = progress, time.monotonic() + patience
                 elif time.monotonic() > deadline:
                     raise OutputError(
                         f"{self._part(waiting[0])}: another process holds this shard and has not gone on for "
-                        f"{_PATIENCE * self._remote.timeout:g} seconds; end it or choose another cache_dir"
+                        f"{patience:g} seconds; end it or choose another cache_dir"
                     )
                 time.sleep(_POLL)
 
@@ -117,6 +119,7 @@ class ShardCache:
             part.unlink(missing_ok=True)
 
     def _write(self, entry: ShardEntry, part: Path) -> None:
+        os.utime(part)  # a new attempt is progress, even if no byte of it comes
         with open(part, "r+b") as file:
             for piece in self._remote.shard(entry):
                 file.write(piece)

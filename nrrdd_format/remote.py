@@ -82,6 +82,11 @@ class RemoteFolder:
     _filesystems: dict[int, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Of each process that forks have led to. An inherited one is not used but kept: freeing it stalls."""
 
+    @property
+    def longest_pause(self) -> float:
+        """Seconds that `retried` takes at most from one attempt's start to the next's where no byte comes."""
+        return self.timeout + _LONGEST_WAIT
+
     def shown(self, name: str = "") -> str:
         """The URL of a file as messages show it: without user, password and query."""
         parts = self._parts(name)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -460,7 +461,43 @@ def test_two_trainings_share_a_cache(dataset: Path, server: DatasetServer, tmp_p
     assert {name: count for name, count in server.fetched.items() if count > 1} == {"dataset.json": 2}
 
 
-def test_a_holder_that_does_nothing_is_named(server: DatasetServer, tmp_path: Path) -> None:
+def test_a_fetch_that_is_silent_between_attempts_is_waited_for(server: DatasetServer, tmp_path: Path) -> None:
+    """However short the own timeout is: the other process may be about to try again."""
+    other, entries = shard_cache(server, tmp_path)
+    other.hold(entries)
+    other.hold([])
+    shared, _ = shard_cache(server, tmp_path, timeout=0.01)
+    lock = other._open_lock(other.path(entries[0]))
+    assert cache._locked(lock, fcntl.LOCK_EX)
+    other.path(entries[0]).rename(tmp_path / "aside")
+
+    def finish() -> None:
+        (tmp_path / "aside").rename(other.path(entries[0]))
+        os.close(lock)
+
+    Timer(1, finish).start()
+    shared.hold(entries)
+    assert server.fetched == dict.fromkeys((entry.name for entry in entries), 1)
+
+
+def test_every_attempt_is_progress_that_others_see(server: DatasetServer, tmp_path: Path) -> None:
+    shared, entries = shard_cache(server, tmp_path)
+    part, seen = shared._part(entries[0]), []
+
+    def look(handler: Handler, data: bytes) -> None:
+        seen.append(part.stat().st_mtime_ns)
+        os.utime(part, ns=(0, 0))
+        (status(500) if len(seen) < 2 else send)(handler, data)
+
+    server.faults[entries[0].name] = [look, look]
+    shared.hold(entries[:1])
+    assert len(seen) == 2 and min(seen) > 0
+
+
+def test_a_holder_that_does_nothing_is_named(
+    server: DatasetServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_LONGEST_WAIT", 0.05)
     shared, entries = shard_cache(server, tmp_path, timeout=0.05)
     lock = shared._open_lock(shared.path(entries[0]))
     assert cache._locked(lock, fcntl.LOCK_EX)

@@ -15,14 +15,27 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.grid import image_kind
+from benchmarks.grid import LABELS, LabelKind, image_kind
 from benchmarks.results_io import markdown_table
 from benchmarks.spread import spread
 from builders.assembly import METHOD
-from nrrdd_format.errors import ConfigError
+from nrrdd_format.errors import ConfigError, counted, shown
 from nrrdd_format.files import atomic_write
 from nrrdd_format.manifest import Manifest
 from nrrdd_format.pairs import Coding
+
+Cell = dict[str, Any]
+"""A student in a result of `benchmarks.accuracy` (`benchmarks.grid.Result` as JSON)."""
+
+CELL_FIELDS = {
+    "dataset": str,
+    "ipc": int,
+    "images": str,
+    "labels": str,
+    "top1": int | float,
+    "bytes_labels": int | float,
+}
+"""What is read of a cell here, and its kinds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,32 +63,54 @@ class Sizes:
     soft_labels: float
 
 
-def read_points(path: Path, measured: Sequence[tuple[Manifest, Sizes]]) -> list[Point]:
-    """The points of every dataset that the result at `path` has students of.
+def read_cells(path: Path) -> list[Cell]:
+    """The students of a result of `benchmarks.accuracy`, as its JSON file holds them.
 
     Raises:
         ConfigError: it is no such result.
     """
     try:
         cells = json.loads(path.read_text())["cells"]
-        return [point for manifest, sizes in measured for point in _points(cells, manifest, sizes)]
+        for cell in cells:
+            _check_cell(cell)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a result of benchmarks.accuracy ({error!r}); give its JSON file") from error
+    return list(cells)
 
 
-def _points(cells: Sequence[dict[str, Any]], manifest: Manifest, sizes: Sizes) -> Iterator[Point]:
+def _check_cell(cell: Cell) -> None:
+    """Raises KeyError or TypeError where something that is read here is missing or of another kind."""
+    for name, kind in CELL_FIELDS.items():
+        if not isinstance(cell[name], kind):
+            raise TypeError(f"{name} is {shown(cell[name])}")
+
+
+def points_of(cells: Sequence[Cell], measured: Sequence[tuple[Manifest, Sizes]]) -> list[Point]:
+    """The points of every dataset that there are students of."""
+    return [point for manifest, sizes in measured for point in _points(cells, manifest, sizes)]
+
+
+def _points(cells: Sequence[Cell], manifest: Manifest, sizes: Sizes) -> Iterator[Point]:
     key = {"dataset": manifest.dataset.name, "ipc": manifest.images.ipc, "images": built_kind(manifest)}
     here = [cell for cell in cells if all(cell[name] == value for name, value in key.items())]
     stored = [
         ("one-hot", "one-hot: the image's name", 0.0),
         *(("compact", f"compact, {coding}", size) for coding, size in sizes.coded.items()),
         *(("dbr", f"DBR, {coding}", size) for coding, size in sizes.coded.items()),
+        *((name, _completed_name(kind), None) for name, kind in LABELS.items() if kind.completes),
         ("soft", "soft labels, fp16", sizes.soft_labels),
     ]
     for labels, name, size in stored:
-        tops = tuple(100 * cell["top1"] for cell in here if cell["labels"] == labels)
-        if tops:
-            yield Point(images=title(manifest), labels=name, bytes=size, top1=tops)
+        of_kind = [cell for cell in here if cell["labels"] == labels]
+        if of_kind:  # completed datasets are not those measured here, but their students' cells hold their bytes
+            known = mean(cell["bytes_labels"] for cell in of_kind) if size is None else size
+            tops = tuple(100 * cell["top1"] for cell in of_kind)
+            yield Point(images=title(manifest), labels=name, bytes=known, top1=tops)
+
+
+def _completed_name(kind: LabelKind) -> str:
+    further = "" if kind.further is None else f" and {counted(kind.further, 'further class', 'further classes')}"
+    return f"DBR, with {kind.priors} priors{further}"
 
 
 def built_kind(manifest: Manifest) -> str | None:

@@ -21,7 +21,7 @@ from typing import Any, get_args
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.bytes_and_accuracy import Point, Sizes, accuracy_table, plot_points, read_points, title
+from benchmarks.bytes_and_accuracy import Point, Sizes, accuracy_table, plot_points, points_of, read_cells, title
 from benchmarks.command import run
 from benchmarks.exact_distances import joint_entropy, load_sample
 from benchmarks.fkd_store import Form
@@ -160,11 +160,12 @@ def report(options: argparse.Namespace) -> int:
     """Measures, prints the tables and writes what was asked for; returns the exit status."""
     if not options.datasets and options.preset is None:
         raise ConfigError(f"nothing to measure: name a dataset's folder, or say --preset {PRESET}")
+    cells = [] if options.accuracy is None else read_cells(options.accuracy)
     datasets = [open_with_shards(path) for path in options.datasets]
     coded = [{coding: measure_coded(dataset, coding) for coding in codings_of(dataset)} for dataset in datasets]
     measured = [each for codings in coded for each in codings.values()]
     sizes = [(dataset.manifest, _sizes(codings)) for dataset, codings in zip(datasets, coded, strict=True)]
-    points = [] if options.accuracy is None else read_points(options.accuracy, sizes)
+    points = points_of(cells, sizes)
     samples = distance_samples()
     notes = NOTES
     if options.preset is not None:

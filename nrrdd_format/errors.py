@@ -19,6 +19,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def counted(count: int, one: str, several: str | None = None) -> str:
+    """`1 shard`, `2 shards`; `several` where the plural is not `one` with an s."""
+    return f"{count:,} {one if count == 1 else several or one + 's'}"
+
+
 class NrrddError(Exception):
     """Base of all errors this project raises on purpose."""
 

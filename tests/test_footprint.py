@@ -296,8 +296,10 @@ def test_top1_joins_the_bytes_of_the_images_it_was_measured_on(tmp_path: Path, m
     manifest["method"] = METHOD
     (path / MANIFEST_NAME).write_text(json.dumps(manifest))
     cell = {"dataset": "tiny", "ipc": 4, "images": "nrr+lr"}
-    cells = [cell | {"labels": labels, "top1": top1} for labels in ("one-hot", "dbr") for top1 in (0.25, 0.75)]
-    cells += [cell | {"labels": "dbr", "top1": 0.9} | other for other in ({"ipc": 1}, {"images": "nrr"})]
+    size = {"bytes_labels": 0.0}
+    cells = [cell | size | {"labels": labels, "top1": top1} for labels in ("one-hot", "dbr") for top1 in (0.25, 0.75)]
+    cells += [cell | size | {"labels": "dbr", "top1": 0.9} | other for other in ({"ipc": 1}, {"images": "nrr"})]
+    cells += [cell | {"labels": "dbr-further1", "top1": 0.5, "bytes_labels": size} for size in (1000.0, 3000.0)]
     (tmp_path / "accuracy.json").write_text(json.dumps({"cells": cells}))
     arguments = [str(path), "--accuracy", str(tmp_path / "accuracy.json"), "--out", str(tmp_path / "results")]
     assert storage_footprint.main(arguments) == 0
@@ -307,19 +309,39 @@ def test_top1_joins_the_bytes_of_the_images_it_was_measured_on(tmp_path: Path, m
         ("one-hot: the image's name", [25, 75]),
         ("DBR, explicit", [25, 75]),
         ("DBR, derived", [25, 75]),
+        ("DBR, with 9 priors and 1 further class", [50, 50]),
     ]
+    assert points[3]["bytes"] == 2000
     assert points[0]["bytes"] == 0 and points[1]["bytes"] == measure(open_dataset(path)).labels
     assert written.with_name(written.stem + "-accuracy.png").stat().st_size > 0
     assert [call.args[1] for call in recodes.call_args_list] == ["derived"]  # once, for bytes and points alike
     assert "50.00 ± 35.36" in written.with_suffix(".md").read_text()
 
 
-def test_a_file_that_is_no_accuracy_result_ends_with_one_line(
-    dataset: DistilledDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+SOUND_CELL = {"dataset": "x", "ipc": 4, "images": "nrr", "labels": "dbr", "top1": 0.5, "bytes_labels": 9.0}
+
+
+WRONG_CELLS: list[Any] = [3, {"dataset": "x"}, SOUND_CELL | {"top1": "0.5"}]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, "{", "[]", '{"cells": 3}', *(json.dumps({"cells": [SOUND_CELL, wrong]}) for wrong in WRONG_CELLS)],
+)
+def test_a_file_that_is_no_accuracy_result_is_named_before_anything_is_measured(
+    content: str | None,
+    dataset: DistilledDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "other.json").write_text("[]")
-    assert storage_footprint.main([str(dataset.path), "--accuracy", str(tmp_path / "other.json")]) == 2
-    assert "not a result of benchmarks.accuracy" in capsys.readouterr().err
+    monkeypatch.setattr(storage_footprint, "measure_coded", Mock(side_effect=AssertionError("was measured")))
+    other = tmp_path / "other.json"
+    if content is not None:
+        other.write_text(content)
+    assert storage_footprint.main([str(dataset.path), "--accuracy", str(other)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {other}: not a result of benchmarks.accuracy") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("images", tuple(grids.IMAGES))

@@ -235,12 +235,15 @@ def _print_verdict(options: argparse.Namespace, problems: int, drift: Drift | No
 
 
 def _renew_card(options: argparse.Namespace, repair: Repair) -> bool:
-    """Whether the card was written anew, which speaks of the dropped shards."""
+    """Whether the card was written anew: it spoke of shards that are dropped, now or by a repair that was killed."""
     from builders.card import renew_card
     from nrrdd_format.manifest import manifest_path
+    from nrrdd_format.repair import earlier_manifests
 
-    dropped = bool(repair.dropped) and not options.dry_run
-    return dropped and renew_card(manifest_path(options.path).parent, repair.before, repair.manifest)
+    if options.dry_run:
+        return False
+    file = manifest_path(options.path)
+    return renew_card(file.parent, earlier_manifests(file), repair.manifest)
 
 
 def _repair_facts(repair: Repair) -> dict[str, Any]:
@@ -278,6 +281,8 @@ def _repair_lines(options: argparse.Namespace, repair: Repair, card_renewed: boo
     if repair.old_manifest is not None:
         card = "written anew" if card_renewed else "left as it is, since it is not the builder's for this dataset"
         yield f"the dataset.json before is kept as {repair.old_manifest}; README.md: {card}"
+    elif card_renewed:
+        yield "README.md: written anew, since it was of an earlier dataset.json"
     yield from _loss_lines(repair)
     yield _outcome(options, repair)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from nrrdd_format.files import atomic_write
+from nrrdd_format.limits import MAX_MANIFEST_BYTES
 from nrrdd_format.manifest import Manifest
 from nrrdd_format.versions import version_text
 
@@ -101,10 +103,12 @@ def write_card(folder: Path, manifest: Manifest) -> None:
         file.write(dataset_card(manifest).encode())
 
 
-def renew_card(folder: Path, before: Manifest, now: Manifest) -> bool:
-    """Writes the card anew where the dataset has become another; False: it is not the builder's, and was left alone."""
-    path, text = folder / CARD_NAME, dataset_card(before).encode()
-    if not path.is_file() or path.stat().st_size != len(text) or path.read_bytes() != text:
+def renew_card(folder: Path, earlier: Iterable[Manifest], now: Manifest) -> bool:
+    """Writes the card anew where it is the builder's for an earlier manifest; False: any other is left alone."""
+    path = folder / CARD_NAME
+    found = path.read_bytes() if path.is_file() and path.stat().st_size <= MAX_MANIFEST_BYTES else None
+    cards = [dataset_card(manifest).encode() for manifest in earlier]
+    if found not in cards or found == dataset_card(now).encode():
         return False
     write_card(folder, now)
     return True

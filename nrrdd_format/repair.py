@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from nrrdd_format.limits import MAX_MANIFEST_BYTES
 from nrrdd_format.manifest import Manifest, manifest_path
 from nrrdd_format.rewriting import load_to_rewrite
 from nrrdd_format.verify import Problem, shard_problems
+
+KEPT = "before"
+"""What the name of a manifest that was replaced by a shorter one ends in."""
 
 THINNED = 0.5
 """A class left with less than this share of its images is named."""
@@ -234,10 +238,19 @@ def _set_aside(path: Path) -> str:
 
 def _keep_copy(path: Path) -> str:
     """Copies a file that will be written anew and returns the copy's name, which no file had."""
-    name = _free_name(path, "before")
+    name = _free_name(path, KEPT)
     with atomic_write(path.with_name(name)) as file:
         file.write(path.read_bytes())
     return name
+
+
+def earlier_manifests(file: Path) -> list[Manifest]:
+    """Those that repairs have kept beside a manifest, so far as they can be read."""
+    found = []
+    for path in sorted(file.parent.glob(f"{file.name}.{KEPT}*")):
+        with suppress(FormatError):
+            found.append(Manifest.load(path))
+    return found
 
 
 def _free_name(path: Path, ending: str) -> str:

@@ -6,6 +6,7 @@ import json
 import operator
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -259,6 +260,61 @@ def test_repair_keeps_the_old_manifest_and_renews_the_card(dataset: Path, capsys
     found = json.loads(output(capsys))
     assert (found["old_manifest"], found["card_renewed"]) == ("dataset.json.before-2", False)
     assert (dataset / CARD_NAME).read_text() == "my own words"
+
+
+KILLED = """
+import os, signal, sys
+from benchmarks import cli
+from nrrdd_format import repair
+
+set_aside = repair._set_aside
+
+def stop(path):
+    set_aside(path)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+repair._set_aside = stop
+cli.main(["repair", sys.argv[1]])
+"""
+
+
+def test_repair_heals_the_card_that_a_killed_one_left(
+    dataset: Path, repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_card(dataset, Manifest.load(dataset / MANIFEST_NAME))
+    damage(dataset / shard_name(2))
+    command = [sys.executable, "-c", KILLED, str(dataset)]
+    assert subprocess.run(command, cwd=repository, check=False).returncode == -signal.SIGKILL
+    now = dataset_card(Manifest.load(dataset / MANIFEST_NAME))
+    assert (dataset / CARD_NAME).read_text() != now
+    assert run("repair", dataset, "--dry-run") == 0
+    assert (dataset / CARD_NAME).read_text() != now
+    capsys.readouterr()
+    assert run("repair", dataset) == 0
+    text = output(capsys)
+    assert "README.md: written anew, since it was of an earlier dataset.json" in text and "no problems" in text
+    assert (dataset / CARD_NAME).read_text() == now
+    assert run("repair", dataset) == 0
+    assert "README.md" not in output(capsys)
+
+
+def test_a_stale_card_is_renewed_when_more_shards_are_dropped(dataset: Path) -> None:
+    write_card(dataset, Manifest.load(dataset / MANIFEST_NAME))
+    stale = (dataset / CARD_NAME).read_bytes()
+    damage(dataset / shard_name(2))
+    assert run("repair", dataset) == 0
+    (dataset / CARD_NAME).write_bytes(stale)
+    damage(dataset / shard_name(1))
+    assert run("repair", dataset) == 0
+    assert (dataset / CARD_NAME).read_text() == dataset_card(Manifest.load(dataset / MANIFEST_NAME))
+
+
+def test_a_damaged_old_manifest_does_not_stop_a_repair(dataset: Path) -> None:
+    write_card(dataset, Manifest.load(dataset / MANIFEST_NAME))
+    (dataset / "dataset.json.before").write_bytes(b"{")
+    damage(dataset / shard_name(2))
+    assert run("repair", dataset) == 0
+    assert (dataset / CARD_NAME).read_text() == dataset_card(Manifest.load(dataset / MANIFEST_NAME))
 
 
 def test_repair_as_json(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

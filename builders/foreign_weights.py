@@ -1,4 +1,8 @@
-"""Other libraries may load a downloaded file as a full pickle: here they are held to weights-only reading."""
+"""Other libraries may load a downloaded file as a full pickle: here they are held to weights-only reading.
+
+timm up to 1.0.15 at least asks for a full pickle or leaves the choice to torch; all its ways to a downloaded pickle
+(hub, URL, file) go through torch.load, so what holds that holds any version of it.
+"""
 
 from __future__ import annotations
 

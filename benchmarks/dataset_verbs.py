@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.command import add_device, pick_device
 from benchmarks.verbs import Verbs, add_dataset, add_json, add_verb
-from nrrdd_format.errors import ConfigError
+from nrrdd_format.errors import ConfigError, counted
 
 if TYPE_CHECKING:  # each verb loads what it needs only when it runs
     from builders.drift import Drift
@@ -215,7 +215,7 @@ def _drift(options: argparse.Namespace) -> Drift:
 
 def _print_verdict(options: argparse.Namespace, problems: int, drift: Drift | None) -> None:
     if problems:
-        print(f"{options.path}: {problems} problems; see nrrdd repair --help")
+        print(f"{options.path}: {counted(problems, 'problem')}; see nrrdd repair --help")
         if options.teacher_checkpoint is not None:
             print(f"{options.path}: distances were not computed anew, since the dataset is damaged")
         return
@@ -269,11 +269,11 @@ def _repair_lines(options: argparse.Namespace, repair: Repair, card_renewed: boo
         yield repair.manifest_fault
         yield f"dataset.json: {would}taken from {options.copy}"
     for one in repair.bad:
-        yield f"{one.name}: {len(one.problems)} problems, first: {one.problems[0]}"
+        yield f"{one.name}: {counted(len(one.problems), 'problem')}, first: {one.problems[0]}"
         if one.name in repair.fetched:
             yield f"{one.name}: {would}fetched from {options.copy}"
         elif one.name in repair.dropped:
-            yield f"{one.name}: {would}dropped, with {one.images} images and {one.pairs} pairs"
+            yield f"{one.name}: {would}dropped, with {counted(one.images, 'image')} and {counted(one.pairs, 'pair')}"
         else:
             yield f"{one.name}: left as it is, since {options.copy} has no sound copy of it: {one.fault_of_copy}"
     for name in repair.set_aside:
@@ -303,8 +303,8 @@ def _outcome(options: argparse.Namespace, repair: Repair) -> str:
     if not repair.bad and repair.manifest_fault is None:
         return f"{options.path}: no problems, nothing to do"
     if repair.left:
-        left = len(repair.left)
-        return f"{options.path}: {left} shards are still bad; name yet another copy, or leave out --from to drop them"
+        left = counted(len(repair.left), "shard is", "shards are")
+        return f"{options.path}: {left} still bad; name yet another copy, or leave out --from to drop them"
     if options.dry_run:
         return f"{options.path}: nothing was changed (--dry-run)"
     return f"{options.path}: sound now, dataset id {repair.manifest.dataset_id}"
@@ -331,7 +331,8 @@ def _pairs(manifest: Manifest) -> int:
 
 
 def _sentence(facts: dict[str, Any]) -> str:
-    return "{path}: {shards} shards, {images} images, {pairs} pairs; dataset id {dataset_id}".format_map(facts)
+    amounts = ", ".join(counted(facts[f"{name}s"], name) for name in ("shard", "image", "pair"))
+    return f"{facts['path']}: {amounts}; dataset id {facts['dataset_id']}"
 
 
 def _coding(facts: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.command import add_device, pick_device
 from benchmarks.verbs import Verbs, add_dataset, add_json, add_verb
-from nrrdd_format.errors import ConfigError
+from nrrdd_format.errors import ConfigError, counted
 
 if TYPE_CHECKING:  # each verb loads what it needs only when it runs
     from builders.import_fkd import ImportFacts
@@ -60,7 +60,7 @@ def run_export(options: argparse.Namespace) -> int:
             raise ConfigError(f"--{name.replace('_', '-')}: found with --layout imagefolder, expected with fkd only")
     with open_dataset(options.path) as dataset:
         count = export_images(dataset, options.out)
-    print(f"{options.out}: {count} images")
+    print(f"{options.out}: {counted(count, 'image')}")
     return 0
 
 
@@ -77,7 +77,8 @@ def _export_fkd(options: argparse.Namespace) -> int:
         written = export_fkd(dataset, teacher, options.out, config, device=device)
         count = dataset.manifest.images.count
     print(
-        f"{options.out}: {count} images in {IMAGES}, {written:,} bytes of soft labels for {config.epochs} epochs in "
+        f"{options.out}: {counted(count, 'image')} in {IMAGES}, {written:,} bytes of soft labels for "
+        f"{counted(config.epochs, 'epoch')} in "
         f"{LABELS}; train with batch size {config.batch_size} and sampler seed {config.sampler_seed}"
     )
     return 0
@@ -104,7 +105,7 @@ def run_import(options: argparse.Namespace) -> int:
 
 def _sentence(out: Path, facts: ImportFacts) -> str:
     return (
-        f"{out}: {facts.images} images, {facts.epochs} epochs, {facts.pairs} pairs; "
+        f"{out}: {facts.images} images, {counted(facts.epochs, 'epoch')}, {facts.pairs} pairs; "
         f"the highest logit is at one of the pair's classes in {facts.agreement:.1%}, by chance {facts.chance:.1%}: "
         f"a wrong order of images comes to that with a probability below {max(facts.doubt, 1e-9):.1g}\n"
         f"labels: {facts.label_bytes:,} bytes, {facts.label_bytes / facts.pairs:.2f} a pair; the store: "

@@ -30,7 +30,7 @@ from builders.teacher import Teacher, measure_top1
 from loaders import CompactLoss, CompletedDBRLoss, DBRBatch, DBRLoader, DBRLoss, OneHotLoss, SoftLoss
 from nrrdd_format import draws
 from nrrdd_format.dataset import open_dataset
-from nrrdd_format.errors import ConfigError, DataError, TeacherError
+from nrrdd_format.errors import ConfigError, DataError, TeacherError, counted
 from nrrdd_format.manifest import Manifest
 
 Labels = Literal["dbr", "dbr-completed", "soft", "soft-top5", "compact", "one-hot"]
@@ -258,7 +258,7 @@ def load_dataset_teacher(manifest: Manifest, checkpoint: Path | Sequence[Path] |
     architectures = manifest.teacher.architecture.split(JOINT)
     if files and len(files) != len(architectures):
         raise TeacherError(
-            f"found {len(files)} checkpoints, expected {len(architectures)}: the dataset was labelled by "
+            f"found {counted(len(files), 'checkpoint')}, expected {len(architectures)}: the dataset was labelled by "
             f"{manifest.teacher.architecture}; name the checkpoint of each, in this order, with --teacher-checkpoint"
         )
     teacher = load_teachers(

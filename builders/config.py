@@ -15,7 +15,7 @@ from typing import Literal
 
 from builders.image_sets import Place
 from builders.sources import Source
-from nrrdd_format.errors import ConfigError
+from nrrdd_format.errors import ConfigError, counted
 from nrrdd_format.limits import (
     MAX_CLASSES,
     MAX_DRAWN_IMAGES,
@@ -174,8 +174,9 @@ def pair_teachers(architectures: Sequence[str], checkpoints: Sequence[Path]) -> 
     """
     if architectures and checkpoints and len(architectures) != len(checkpoints):
         raise ConfigError(
-            f"--teacher: found {len(architectures)} architectures for {len(checkpoints)} checkpoints, expected one for "
-            f"each, in the same order, or none where the checkpoints say theirs"
+            f"--teacher: found {counted(len(architectures), 'architecture')} for "
+            f"{counted(len(checkpoints), 'checkpoint')}, expected one for each, in the same order, or none where "
+            f"the checkpoints say theirs"
         )
     pairs = zip_longest(architectures, checkpoints)
     return tuple(TeacherChoice(architecture=a, checkpoint=c) for a, c in pairs) or (TeacherChoice(),)

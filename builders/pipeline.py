@@ -49,7 +49,7 @@ from builders.scan import usable_images
 from builders.teacher import PREFLIGHT_IMAGES, mixed_up_classes, predict, preflight
 from builders.workdir import Stage
 from nrrdd_format import draws
-from nrrdd_format.errors import DataError
+from nrrdd_format.errors import DataError, counted
 from nrrdd_format.pairs import PairRecords, draw_pairs
 from nrrdd_format.replay import decode_image, stack_images
 
@@ -182,7 +182,8 @@ def discover(job: Job, usable: list[NDArray[np.int64]]) -> None:
             progress.advance(len(found.classes))
     job.ranks.meet()
     if job.ranks.is_first and (flat := sum(job.discovery.load_json(FLAT_MAPS.format(group[0])) for group in groups)):
-        job.ranks.say(f"{flat} images have a flat activation map: the teacher sees nothing of their class there")
+        images = counted(flat, "image has", "images have")
+        job.ranks.say(f"{images} a flat activation map: the teacher sees nothing of the class there")
 
 
 def refine(job: Job) -> None:

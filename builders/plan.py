@@ -40,7 +40,7 @@ from builders.quantities import shown_duration, shown_size
 from builders.ranks import joined_ranks
 from builders.workdir import Stage
 from nrrdd_format import tar
-from nrrdd_format.errors import NrrddError
+from nrrdd_format.errors import NrrddError, counted
 
 WRITE = "write"
 """The stage whose units lie in the output."""
@@ -274,7 +274,8 @@ def render(job: Job, stages: Sequence[StagePlan]) -> str:
     )
     total = sum(stage.left * stage.seconds for stage in stages) / ranks
     facts = [
-        f"{len(job.labels):,} images of {job.num_classes} classes, {job.source.size} px, in {len(job.shards)} shards",
+        f"{len(job.labels):,} images of {job.num_classes} classes, {job.source.size} px, in "
+        f"{counted(len(job.shards), 'shard')}",
         *[header, *rows],
         f"time left: about {shown_duration(total)} on {job.device} in {ranks} process{'es' if ranks > 1 else ''}",
         f"disk: about {shown_size(work)} in {job.config.work_path}, {shown_size(out)} in {job.config.out}",

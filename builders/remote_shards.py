@@ -25,7 +25,7 @@ from builders.prefetch import read_ahead
 from builders.progress import Progress
 from builders.quantities import shown_size
 from builders.tar_index import check_tar
-from nrrdd_format.errors import DataError, FormatError, OutputError
+from nrrdd_format.errors import DataError, FormatError, OutputError, counted
 from nrrdd_format.files import atomic_write, locked
 from nrrdd_format.limits import MAX_SHARD_BYTES
 from nrrdd_format.remote import RefusedError, RemoteFolder, is_url
@@ -104,8 +104,8 @@ def _fetch_all(remote: RemoteFolder, names: Sequence[str], target: Path, beside:
     free = shutil.disk_usage(target).free
     if sum(known) > free:
         raise OutputError(
-            f"{target}: {shown_size(free)} free on its disk, expected {shown_size(sum(known))} for {len(names)} shards "
-            f"of {remote.shown()}; make room or choose another --cache-dir"
+            f"{target}: {shown_size(free)} free on its disk, expected {shown_size(sum(known))} for "
+            f"{counted(len(names), 'shard')} of {remote.shown()}; make room or choose another --cache-dir"
         )
     amount = "of unknown size" if total is None else f"of {shown_size(total)} in all"
     shards = f"{len(names)} shard{'s' if len(names) > 1 else ''}"

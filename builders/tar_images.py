@@ -19,7 +19,7 @@ from builders.image_sets import Columns, PackedImages, Place, Splits, first_side
 from builders.images import MAX_FILE_BYTES, UnusableImage
 from builders.remote_shards import fetch_shards
 from builders.tar_index import Label, ShardIndex, index_shards, read_at
-from nrrdd_format.errors import DataError, shown
+from nrrdd_format.errors import DataError, counted, shown
 from nrrdd_format.limits import MAX_CLASSES
 from nrrdd_format.remote import is_url, local_path
 
@@ -105,7 +105,7 @@ def load_tars(places: TarPlaces, columns: Columns, size: int | None, largest: in
     if size is None:
         side = first_side((images.encoded(row) for row in range(len(images))), largest)
         if side is None:
-            raise DataError(f"{root}: found no usable image in {len(train)} shards")
+            raise DataError(f"{root}: found no usable image in {counted(len(train), 'shard')}")
         images = replace(images, size=side)
     held_out = _images(test, index_shards(test, columns, places.cache_dir), names, images.size) if test else None
     return root, Splits(class_names=[str(name) for name in names], train=images, test=held_out)
@@ -161,7 +161,7 @@ def _class_names(root: Path, shards: Sequence[Path], indexes: Sequence[ShardInde
             return list(read_lines(folder / CLASS_NAMES))
     values = {label for index in indexes for label in index.labels}
     if not values:
-        raise DataError(f"{root}: found no images in {len(shards)} shards; expected members such as 0.jpg")
+        raise DataError(f"{root}: found no images in {counted(len(shards), 'shard')}; expected members such as 0.jpg")
     if len(values) > MAX_CLASSES:
         raise DataError(f"{root}: found {len(values)} different labels, expected at most {MAX_CLASSES} classes")
     numbers = [value for value in values if isinstance(value, int)]

@@ -30,7 +30,7 @@ from builders.reading import Batch, read_batches, read_usable
 from builders.sources import Source
 from builders.teacher import load_weights_only, measure_top1
 from nrrdd_format import draws
-from nrrdd_format.errors import ConfigError, DataError, TeacherError
+from nrrdd_format.errors import ConfigError, DataError, TeacherError, counted
 from nrrdd_format.files import atomic_write
 from nrrdd_format.replay import apply_views, normalize
 
@@ -235,7 +235,7 @@ class _Feed:
             self._count = len(self._memory[1])
         if self._count < 2:
             raise DataError(
-                f"{self._count} usable training images; a teacher needs at least 2, and in earnest thousands"
+                f"{counted(self._count, 'usable training image')}; a teacher needs at least 2, and in earnest thousands"
             )
 
     def steps(self, batch_size: int) -> int:

@@ -25,7 +25,7 @@ from loaders.order import EpochSteps, ShardPairs, epoch_steps, rank_slice
 from loaders.ranks import Agreement, distributed_ranks
 from loaders.reading import Assignment, BatchReader, Reading
 from nrrdd_format.dataset import DistilledDataset, open_dataset
-from nrrdd_format.errors import ConfigError, NrrddError
+from nrrdd_format.errors import ConfigError, NrrddError, counted
 from nrrdd_format.files import default_cache_dir
 from nrrdd_format.manifest import TeacherInfo
 from nrrdd_format.remote import RemoteFolder, is_url, local_path
@@ -288,7 +288,7 @@ class DBRLoader:
             return
         self._shards = replace(self._shards, skipped=frozenset(reasons))
         first = reasons[min(reasons)]
-        _require(bool(self._shards.used), f"on_bad_shard: all {len(reasons)} shards are bad, the first: {first}")
+        _require(bool(self._shards.used), f"on_bad_shard: every shard is bad, the first: {first}")
         warnings.warn(
             f"{len(reasons)} of {len(self._manifest.shards)} shards are bad and skipped "
             f"({', '.join(self._skipped_names())}); the first: {first}",
@@ -389,7 +389,7 @@ class DBRLoader:
         if epoch >= stored and not self._warned:
             self._warned = True
             warnings.warn(
-                f"epoch {epoch}: the dataset stores {stored} epochs, so views, mixes and distances repeat "
+                f"epoch {epoch}: the dataset stores {counted(stored, 'epoch')}, so views, mixes and distances repeat "
                 f"from here, in a new order",
                 stacklevel=3,
             )

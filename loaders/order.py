@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nrrdd_format import draws
-from nrrdd_format.errors import ConfigError
+from nrrdd_format.errors import ConfigError, counted
 from nrrdd_format.pairs import cycle_bounds
 
 WINDOW_PAIRS = 2**14
@@ -158,7 +158,7 @@ def epoch_steps(pairs: int, *, start: int = 0, world_size: int, batch_size: int,
     whole, tail = divmod(pairs - start, stride)
     if tail and not drop_last and not whole and tail < world_size:
         raise ConfigError(
-            f"{tail} pairs left in the epoch for {world_size} processes, expected at least one each; "
+            f"{counted(tail, 'pair')} left in the epoch for {world_size} processes, expected at least one each; "
             f"use fewer processes or drop_last=True"
         )
     own_step = tail >= world_size and not drop_last

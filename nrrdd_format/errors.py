@@ -21,7 +21,7 @@ def shown(value: object) -> str:
 
 def counted(count: int, one: str, several: str | None = None) -> str:
     """`1 shard`, `2 shards`; `several` where the plural is not `one` with an s."""
-    return f"{count:,} {one if count == 1 else several or one + 's'}"
+    return f"{count} {one if count == 1 else several or one + 's'}"
 
 
 class NrrddError(Exception):

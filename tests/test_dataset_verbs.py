@@ -329,7 +329,7 @@ def test_repair_as_json(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert found["bad"][1]["fault_of_copy"].startswith(shard_name(2))
     assert run("repair", dataset, "--from", copy) == 1
     text = output(capsys)
-    assert "1 shards are still bad" in text and "left as it is" in text
+    assert "1 shard is still bad" in text and "left as it is" in text
 
 
 def test_repair_takes_the_manifest_from_the_copy(

@@ -142,7 +142,7 @@ def test_verify_and_soft_labels_take_all_members(
     assert nrrdd(["verify", str(distilled / "joint"), *both, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["drift"]["explained"]
     assert nrrdd(["verify", str(distilled / "joint"), *both[:2]]) == 2
-    assert "found 1 checkpoints, expected 2: the dataset was labelled by conv2-w8+conv1-w8" in capsys.readouterr().err
+    assert "found 1 checkpoint, expected 2: the dataset was labelled by conv2-w8+conv1-w8" in capsys.readouterr().err
     assert nrrdd(["verify", str(distilled / "joint"), both[0], both[2], both[1]]) == 2
     assert "holds a conv1-w8, expected conv2-w8" in capsys.readouterr().err
     student = f"student {distilled}/joint --labels soft --student conv1-w8 --epochs 1 --data-dir {inputs}/train --json"

@@ -194,8 +194,8 @@ def test_label_and_image_by_their_endings(tmp_path: Path) -> None:
         ({"a.png": encoded(0), "a.cls": b"999999999999"}, "labels 999999999999 to 999999999999, expected classes numb"),
         ({"a.png": encoded(0), "a.json": b'{"label": -1}'}, "labels -1 to -1, expected classes numbered from 0"),
         ({"a.png": encoded(0), "a.cls": b"1", "b.png": encoded(0), "b.cls": b"2"}, "split has no images for 0"),
-        ({"a.txt": b"no image", "a.cls": b"1"}, "found no images in 1 shards"),
-        ({"a.png": b"broken", "a.cls": b"0"}, "found no usable image in 1 shards"),
+        ({"a.txt": b"no image", "a.cls": b"1"}, "found no images in 1 shard"),
+        ({"a.png": b"broken", "a.cls": b"0"}, "found no usable image in 1 shard"),
     ],
 )  # fmt: skip
 def test_samples_without_a_usable_label(tmp_path: Path, members: dict[str, bytes], match: str) -> None:

@@ -547,7 +547,7 @@ def test_impossible_options_are_refused(changes: dict[str, Any], named: str) -> 
 
 @pytest.mark.parametrize("size", [SIZE, 72])
 def test_too_few_images_are_refused(size: int) -> None:
-    with pytest.raises(DataError, match="1 usable training images"):
+    with pytest.raises(DataError, match="1 usable training image; a"):
         train(source(size, train=coloured(1, size)))
 
 

@@ -83,7 +83,7 @@ class Slots:
 
 @dataclass(frozen=True, kw_only=True)
 class Pixels:
-    """What lies in a slot: `count` images (3, size, size) of a type."""
+    """What lies in a slot, or in memory of its own: `count` images (3, size, size) of a type."""
 
     count: int
     size: int
@@ -93,6 +93,11 @@ class Pixels:
     def nbytes(self) -> int:
         """Size in memory."""
         return self.count * 3 * self.size**2 * self.dtype.itemsize
+
+    def new(self) -> Tensor:
+        """Memory for them, (count, 3, size, size), channels last."""
+        shape = (self.count, 3, self.size, self.size)
+        return torch.empty(shape, dtype=self.dtype, memory_format=torch.channels_last)
 
 
 def room(memory: Tensor, slot: int, pixels: Pixels) -> Tensor:

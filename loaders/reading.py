@@ -133,14 +133,15 @@ class BatchReader(Dataset[Reading]):
         here = self._replay_here
         count, dtype = (len(plan.lam), torch.float32) if here else (len(plan.image), torch.uint8)
         pixels = Pixels(count=count, size=info.size, dtype=dtype)
-        out = None if self._slots is None or slot is None else room(self._slots, slot, pixels)
+        in_slot = None if self._slots is None or slot is None else room(self._slots, slot, pixels)
+        out = pixels.new() if in_slot is None else in_slot
         wanted = zip(plan.shard.tolist(), plan.image.tolist(), strict=True)
         images = (self._image(shard, image) for shard, image in wanted)
         if here:
-            made = replay_one_by_one(plan, images, mean=info.mean, std=info.std, out=out)
+            replay_one_by_one(plan, images, mean=info.mean, std=info.std, out=out)
         else:
-            made = stack_images(images, out=out)
-        return made if out is None else pixels
+            stack_images(images, out=out)
+        return out if in_slot is None else pixels
 
     def _parts(self, pairs: NDArray[np.int64]) -> list[tuple[int, PairRecords]]:
         """The records of the pairs, in the order given, as runs of pairs of one shard."""

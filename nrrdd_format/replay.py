@@ -72,7 +72,7 @@ def stack_images(images: Iterable[Tensor], *, out: Tensor | None = None) -> Tens
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """Which images a batch of pairs needs, each once, and how its pairs are made from them."""
+    """Which images a batch of pairs needs, each once in the order of first use, and how its pairs are made of them."""
 
     shard: NDArray[np.int64]
     """(U,) shard of each image."""
@@ -140,17 +140,19 @@ def plan_batch(parts: Sequence[tuple[int, PairRecords]]) -> BatchPlan:
     shard = np.concatenate([np.full(len(part.index_org), shard, dtype=np.int64) for shard, part in parts])
     index_org = np.concatenate([part.index_org for part in records])
     index_aug = np.concatenate([part.index_aug for part in records])
-    key = np.tile(shard << 32, 2) | np.concatenate([index_org, index_aug])
+    key = (shard[:, None] << 32 | np.stack([index_org, index_aug], axis=1)).reshape(-1)  # both of a pair, then the next
     unique, first, position = np.unique(key, return_index=True, return_inverse=True)
-    view = np.concatenate([part.view_org for part in records] + [part.view_aug for part in records])
-    flip = np.concatenate([part.flip_org for part in records] + [part.flip_aug for part in records])
+    by_use = np.argsort(first)
+    unique, first, position = unique[by_use], first[by_use], np.argsort(by_use)[position]
+    view = np.concatenate([np.stack([part.view_org, part.view_aug], axis=1) for part in records]).reshape(-1, 4)
+    flip = np.concatenate([np.stack([part.flip_org, part.flip_aug], axis=1) for part in records]).reshape(-1)
     return BatchPlan(
         shard=unique >> 32,
         image=unique & 0xFFFFFFFF,
         boxes=view[first].astype(np.int64),
         flips=flip[first],
-        org=position[: len(shard)],
-        aug=position[len(shard) :],
+        org=position[0::2],
+        aug=position[1::2],
         is_cutmix=np.concatenate([part.is_cutmix for part in records]),
         mix_box=np.concatenate([part.mix_box for part in records]).astype(np.int64),
         lam=np.concatenate([part.lam for part in records]),
@@ -168,7 +170,9 @@ def replay(pairs: PairTensors, *, mean: Sequence[float], std: Sequence[float]) -
         (B, 3, S, S) float32, channels last in memory.
     """
     if pairs.images.device.type == "cpu":
-        return replay_one_by_one(pairs, pairs.images, mean=mean, std=std)
+        shape = (len(pairs.org), *pairs.images.shape[1:])
+        out = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
+        return replay_one_by_one(pairs, pairs.images, mean=mean, std=std, out=out)
     views = apply_views(pairs.images, pairs.boxes, pairs.flips)
     mixed = mix(views, pairs.org, pairs.aug, pairs.is_cutmix, pairs.mix_box, pairs.lam)
     return normalize(mixed, mean, std)
@@ -180,27 +184,36 @@ def replay_one_by_one(
     *,
     mean: Sequence[float],
     std: Sequence[float],
-    out: Tensor | None = None,
+    out: Tensor,
 ) -> Tensor:
     """`replay` on a CPU of images that may be decoded only as they are taken, while they are in its cache.
+
+    An image is taken when the first pair needs it, and its view let go after the last, so that the few views of a
+    cycle, not those of a batch, go through the cache, and its memory serves the next.
 
     Args:
         plan: the batch.
         images: the plan's U images in its order, each (3, S, S) uint8, channels last in memory.
         mean, std: as in `replay`.
-        out: memory for the result.
+        out: memory for the result, (B, 3, S, S) float32, channels last.
 
     Returns:
-        `out`, or new memory: (B, 3, S, S) float32, channels last.
+        `out`.
     """
-    views = [_view(*one) for one in zip(images, plan.boxes.tolist(), plan.flips.tolist(), strict=True)]
-    if out is None:
-        shape = (len(plan.org), *views[0].shape)
-        out = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
-    shift, scale = _row_constants(mean, std, views[0].shape[-1], views[0].device)
-    for pair, (org, aug, is_cutmix, mix_box, lam) in zip(out, _pair_rows(plan), strict=True):
-        _mix_pair(pair, views[org], views[aug], is_cutmix, mix_box, lam)
-        pair.sub_(shift).div_(scale)
+    made = enumerate(_view(*one) for one in zip(images, plan.boxes.tolist(), plan.flips.tolist(), strict=True))
+    rows = _pair_rows(plan)
+    last_pair = {position: pair for pair, (org, aug, *_) in enumerate(rows) for position in (org, aug)}
+    views: dict[int, Tensor] = {}
+    shift, scale = _row_constants(mean, std, out.shape[-1], out.device)
+    for pair, (mixed, (org, aug, is_cutmix, mix_box, lam)) in enumerate(zip(out, rows, strict=True)):
+        while org not in views or aug not in views:
+            position, view = next(made)
+            views[position] = view
+        _mix_pair(mixed, views[org], views[aug], is_cutmix, mix_box, lam)
+        mixed.sub_(shift).div_(scale)
+        for position in {org, aug}:
+            if last_pair[position] == pair:
+                del views[position]
     return out
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -186,6 +188,29 @@ def test_replay_is_view_then_mix_then_normalize(kind: str) -> None:
     torch.testing.assert_close(result, normalize(mixed, MEAN, STD), rtol=0, atol=1e-5)
 
 
+def test_one_by_one_takes_an_image_when_it_is_needed_and_lets_its_view_go_after_its_last_pair() -> None:
+    plan = plan_batch([(0, drawn_records(16, images=40))])
+    images = random_images(40, 16)
+    alive: list[weakref.ref[np.ndarray]] = []
+    most = 0
+
+    def taken() -> Iterator[Tensor]:
+        nonlocal most
+        for image in images:
+            memory = image.permute(1, 2, 0).numpy().copy()
+            alive.append(weakref.ref(memory))
+            yield torch.from_numpy(memory).permute(2, 0, 1)
+            del memory
+            most = max(most, sum(one() is not None for one in alive))
+
+    whole = dataclasses.replace(plan, boxes=np.tile([0, 0, 16, 16], (40, 1)), flips=np.zeros(40, bool))
+    expected = replay(whole.with_images(images), mean=MEAN, std=STD)
+    out = torch.empty_like(expected)
+    module.replay_one_by_one(whole, taken(), mean=MEAN, std=STD, out=out)
+    assert torch.equal(out, expected)
+    assert most <= 6  # a cycle of four, and what is on its way
+
+
 def test_replay_leaves_its_input_alone() -> None:
     pairs = random_pairs(8)
     before = pairs.images.clone()
@@ -201,10 +226,12 @@ def test_the_gpu_agrees_with_the_cpu() -> None:
     assert (on_gpu - on_cpu).abs().max() <= 1.01 / (255 * min(STD))
 
 
-def test_a_plan_holds_each_image_once() -> None:
+def test_a_plan_holds_each_image_once_in_the_order_of_first_use() -> None:
     records = drawn_records(16)
     first, second = records.take(np.arange(5)), records.take(np.arange(5, 12))
     plan = plan_batch([(3, first), (1, second), (3, records.take(np.array([0])))])
+    used = np.stack([plan.org, plan.aug], axis=1).reshape(-1)
+    assert list(dict.fromkeys(used.tolist())) == list(range(len(plan.image)))  # in the order of first use
     keys = list(zip(plan.shard.tolist(), plan.image.tolist(), strict=True))
     assert len(set(keys)) == len(keys)
     pairs = [(3, first, t) for t in range(5)] + [(1, second, t) for t in range(7)] + [(3, first, 0)]

@@ -21,7 +21,7 @@ import torch
 import webdataset
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.functional import hflip, normalize, resized_crop, to_tensor
 
@@ -150,11 +150,12 @@ class _FkdBatches(Dataset[tuple[Tensor, Tensor]]):
         path = batch_path(data.soft_labels, epoch, number)
         labels = read_batch(path, size=data.size, num_classes=CLASSES, most=data.batch)
         views = zip(chosen.tolist(), labels.views.tolist(), labels.flip.tolist(), strict=True)
-        images = torch.stack([self._view(self.files[image], box, flip) for image, box, flip in views])
+        # torch's own collation: in a worker it stacks into shared memory, from where the batch is not copied again.
+        images: Tensor = default_collate([self._view(self.files[image], box, flip) for image, box, flip in views])
         assert labels.mix_box is not None
         top, left, height, width = labels.mix_box
-        box = (..., slice(top, top + height), slice(left, left + width))
-        images[box] = images[labels.mix_index][box]
+        box = images[..., top : top + height, left : left + width]
+        box.copy_(box[labels.mix_index])
         return images, labels.logits
 
     def _view(self, path: Path, box: list[int], flip: bool) -> Tensor:

@@ -69,7 +69,7 @@ def test_what_belongs_together() -> None:
     assert pair_teachers(("x", "y"), ()) == (TeacherChoice(architecture="x"), TeacherChoice(architecture="y"))
     assert pair_teachers((), (a, b)) == (TeacherChoice(checkpoint=a), TeacherChoice(checkpoint=b))
     assert pair_teachers(("x", "y"), (a, b))[1] == TeacherChoice(architecture="y", checkpoint=b)
-    with pytest.raises(ConfigError, match="--teacher: found 1 architectures for 2 checkpoints"):
+    with pytest.raises(ConfigError, match="--teacher: found 1 architecture for 2 checkpoints"):
         pair_teachers(("x",), (a, b))
     config = parse(["--dataset", "digits", "--ipc", "1", "--teacher-checkpoint", "a.pt", "b.pt"])
     assert config.teachers == pair_teachers((), (a, b))

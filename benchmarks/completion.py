@@ -14,11 +14,12 @@ from builders.relabel import prior_masses, relabel_epoch
 from builders.teacher import Teacher
 from nrrdd_format.copies import new_folder
 from nrrdd_format.dataset import open_dataset
+from nrrdd_format.decoding import decode_image
 from nrrdd_format.manifest import CODEC_EXTENSIONS, MANIFEST_NAME, Manifest
 from nrrdd_format.pairs import PairRecords, RecordLayout, draw_pairs
 from nrrdd_format.priors import Priors, choose_priors
 from nrrdd_format.records import encode_shard_records
-from nrrdd_format.replay import decode_image, stack_images
+from nrrdd_format.replay import stack_images
 from nrrdd_format.shards import ShardEntry, ShardReader, write_shard
 
 

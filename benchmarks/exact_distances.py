@@ -23,9 +23,10 @@ from builders.relabel import relabel_epoch
 from nrrdd_format import draws
 from nrrdd_format.codebooks import quantize
 from nrrdd_format.dataset import open_dataset
+from nrrdd_format.decoding import decode_image
 from nrrdd_format.errors import ConfigError
 from nrrdd_format.files import atomic_write
-from nrrdd_format.replay import decode_image, stack_images
+from nrrdd_format.replay import stack_images
 
 MODULE = "benchmarks.exact_distances"
 Distances = NDArray[np.float32]

@@ -29,7 +29,8 @@ from benchmarks.loader_data import CLASSES, EPOCHS, MEAN, SEED, STD, Data, label
 from builders.fkd_layout import SAMPLER_SEED, batch_path, read_batch, sampler_orders
 from loaders import DBRLoader, reading
 from loaders.batch import PlannedBatch
-from nrrdd_format.replay import decode_image, stack_images
+from nrrdd_format.decoding import decode_image
+from nrrdd_format.replay import stack_images
 
 Epoch: TypeAlias = Callable[[int], Iterator[int]]
 STREAMING = "streaming"

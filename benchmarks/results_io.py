@@ -16,7 +16,7 @@ from typing import Any
 from nrrdd_format.errors import OutputError
 from nrrdd_format.files import atomic_write
 
-PACKAGES = ("nrrdd", "torch", "torchvision", "numpy", "pillow", "zstandard")
+PACKAGES = ("nrrdd", "torch", "torchvision", "numpy", "pillow", "simplejpeg", "zstandard")
 
 
 def provenance(module: str, seeds: Sequence[int]) -> dict[str, Any]:

@@ -25,10 +25,11 @@ from builders.teacher import Teacher
 from nrrdd_format import draws
 from nrrdd_format.codebooks import quantize
 from nrrdd_format.dataset import DistilledDataset, open_shard
+from nrrdd_format.decoding import decode_image
 from nrrdd_format.errors import ConfigError, TeacherError
 from nrrdd_format.manifest import Manifest
 from nrrdd_format.pairs import PairRecords
-from nrrdd_format.replay import decode_image, plan_batch, replay, stack_images
+from nrrdd_format.replay import plan_batch, replay, stack_images
 from nrrdd_format.shards import ShardReader
 
 ALLOWANCE = 0.05

@@ -24,9 +24,10 @@ from nrrdd_format import draws
 from nrrdd_format.codebooks import mix_codebook, view_codebook
 from nrrdd_format.copies import new_folder
 from nrrdd_format.dataset import DistilledDataset
+from nrrdd_format.decoding import decode_image
 from nrrdd_format.errors import ConfigError, DataError, FormatError, OutputError, TeacherError
 from nrrdd_format.limits import MAX_EPOCHS, MAX_VIEWS
-from nrrdd_format.replay import PairTensors, decode_image, replay, stack_images
+from nrrdd_format.replay import PairTensors, replay, stack_images
 
 IMAGES, LABELS = "images", "relabel"
 """Folders of an exported FKD store: the images, and epoch_0, epoch_1, …"""

@@ -49,9 +49,10 @@ from builders.scan import usable_images
 from builders.teacher import PREFLIGHT_IMAGES, mixed_up_classes, predict, preflight
 from builders.workdir import Stage
 from nrrdd_format import draws
+from nrrdd_format.decoding import decode_image
 from nrrdd_format.errors import DataError, counted
 from nrrdd_format.pairs import PairRecords, draw_pairs
-from nrrdd_format.replay import decode_image, stack_images
+from nrrdd_format.replay import stack_images
 
 Unit = TypeVar("Unit", int, tuple[int, int])
 

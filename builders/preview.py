@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from nrrdd_format.dataset import DistilledDataset, open_dataset
+from nrrdd_format.decoding import decode_image
 from nrrdd_format.errors import OutputError
 from nrrdd_format.files import atomic_write
-from nrrdd_format.replay import decode_image
 
 Images = NDArray[np.uint8]
 Masks = NDArray[np.float32]

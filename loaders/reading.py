@@ -16,9 +16,10 @@ from loaders.cache import ShardCache
 from loaders.delivery import PackedDistances, Parcel, Pixels, room
 from loaders.order import EpochOrder, ShardPairs, stored_epoch
 from nrrdd_format.dataset import DistilledDataset
+from nrrdd_format.decoding import decode_image
 from nrrdd_format.errors import FormatError, NrrddError
 from nrrdd_format.pairs import PairRecords
-from nrrdd_format.replay import BatchPlan, decode_image, plan_batch, replay_one_by_one, stack_images
+from nrrdd_format.replay import BatchPlan, plan_batch, replay_one_by_one, stack_images
 from nrrdd_format.shards import ShardEntry
 
 Assignment: TypeAlias = tuple[int, int, int, "int | None"]

@@ -26,6 +26,10 @@ _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff])")
 _JPEG_SCAN_END = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # in compressed data, FF stands before 00 or a restart
 
 
+_SOI = b"\xff\xd8"
+_FRAME = struct.Struct(">HHBHHB")  # marker, length, bits of a sample, height, width, components
+_FRAMES = {0xFFC0, 0xFFC1, 0xFFC2}
+_BEFORE_FRAME = {0xFFC4, 0xFFDB, 0xFFDD, *range(0xFFE0, 0xFFF0), 0xFFFE}
 _MODES = ("RGB", "L")
 _SCAN = re.compile(rb"\xff\xda")  # found twice as fast as by bytes.count
 _MAX_SCANS = 64
@@ -36,8 +40,27 @@ def check_scans(data: bytes) -> None:
 
     The marker cannot stand inside compressed data. Raises FormatError.
     """
-    if data.startswith(b"\xff\xd8") and (scans := sum(1 for _ in _SCAN.finditer(data))) > _MAX_SCANS:
+    if data.startswith(_SOI) and (scans := sum(1 for _ in _SCAN.finditer(data))) > _MAX_SCANS:
         raise FormatError(f"is a JPEG of about {scans} scans, expected at most {_MAX_SCANS}")
+
+
+def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a JPEG in the form that encoders write; None for all else.
+
+    That is 8-bit grey or colours in baseline, extended or progressive coding, and before the frame nothing but tables,
+    comments and application data, one behind the other: whoever decodes it finds the same frame.
+    """
+    if not data.startswith(_SOI):
+        return None
+    at = len(_SOI)
+    while len(data) >= at + _FRAME.size:
+        kind, length, bits, height, width, colours = _FRAME.unpack_from(data, at)
+        if kind in _FRAMES:
+            return (width, height) if bits == 8 and colours in (1, 3) else None
+        if kind not in _BEFORE_FRAME or length < 2:
+            return None
+        at += 2 + length
+    return None
 
 
 def check_image(data: bytes, codec: Codec, size: int) -> None:

@@ -10,7 +10,6 @@ crop to its normalisation, several times faster than batched float operations. O
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
@@ -18,42 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
-from nrrdd_format.errors import FormatError
-from nrrdd_format.image_file import check_scans, decoder_words
 from nrrdd_format.pairs import PairRecords
-
-PICTURE_FORMATS = ("JPEG", "PNG", "WEBP")
-
-
-def decode_image(data: bytes, size: int) -> Tensor:
-    """Decodes one image of a shard.
-
-    The size in the header is checked before any pixel is decoded, so a damaged file cannot ask for gigabytes.
-
-    Args:
-        data: the encoded JPEG, PNG or WebP file.
-        size: S, the side that the manifest promises.
-
-    Returns:
-        (3, S, S) uint8 RGB, channels last in memory.
-
-    Raises:
-        FormatError: no such image, or another size. The caller adds shard and member (`FormatError.located`).
-    """
-    check_scans(data)
-    try:
-        picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
-        if picture.size == (size, size):
-            rgb = picture if picture.mode == "RGB" else picture.convert("RGB")  # which copies even then
-            return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
-    except Exception as error:  # Pillow's decoders raise whatever they stumble over
-        found = decoder_words(error)
-        raise FormatError(f"not a readable JPEG, PNG or WebP image ({found}); fetch the file again") from error
-    width, height = picture.size
-    raise FormatError(f"image of {width}x{height} pixels, expected {size}x{size} as in the manifest")
 
 
 def stack_images(images: Iterable[Tensor], *, out: Tensor | None = None) -> Tensor:

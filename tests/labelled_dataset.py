@@ -9,10 +9,11 @@ from pathlib import Path
 from builders.relabel import relabel_epoch
 from builders.teacher import Teacher
 from nrrdd_format.dataset import open_dataset
+from nrrdd_format.decoding import decode_image
 from nrrdd_format.manifest import CODEC_EXTENSIONS, MANIFEST_NAME, Manifest
 from nrrdd_format.pairs import PairRecords, draw_pairs
 from nrrdd_format.records import encode_shard_records
-from nrrdd_format.replay import decode_image, stack_images
+from nrrdd_format.replay import stack_images
 from nrrdd_format.shards import EncodedImage, ShardEntry, ShardReader, write_shard
 
 Change = Callable[[PairRecords], PairRecords]

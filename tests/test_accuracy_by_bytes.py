@@ -20,8 +20,9 @@ from builders.relabel import prior_masses
 from builders.teacher import Teacher, load_teacher, save_checkpoint
 from loaders import DBRLoader
 from nrrdd_format.dataset import open_dataset
+from nrrdd_format.decoding import decode_image
 from nrrdd_format.manifest import MANIFEST_NAME, Manifest
-from nrrdd_format.replay import decode_image, plan_batch, replay, stack_images
+from nrrdd_format.replay import plan_batch, replay, stack_images
 from nrrdd_format.verify import verify_dataset
 
 CLASSES = tuple(f"class {k}" for k in range(6))

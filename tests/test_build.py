@@ -26,9 +26,10 @@ from builders.pipeline import build, discover, scan
 from builders.ranks import Ranks
 from builders.teacher import save_checkpoint
 from nrrdd_format.dataset import open_dataset
+from nrrdd_format.decoding import decode_image
 from nrrdd_format.errors import ConfigError, DataError, OutputError, TeacherError
 from nrrdd_format.repair import repair_dataset
-from nrrdd_format.replay import decode_image, plan_batch, replay, stack_images
+from nrrdd_format.replay import plan_batch, replay, stack_images
 from nrrdd_format.verify import verify_dataset
 
 SIZE = 16

@@ -28,8 +28,8 @@ from builders.models import create_model
 from builders.pipeline import build
 from builders.teacher import mixed_up_classes, save_checkpoint
 from nrrdd_format.dataset import open_dataset
+from nrrdd_format.decoding import decode_image
 from nrrdd_format.errors import ConfigError, DataError, OutputError, TeacherError
-from nrrdd_format.replay import decode_image
 from nrrdd_format.verify import verify_dataset
 
 SIZE = 16

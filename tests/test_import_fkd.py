@@ -21,9 +21,10 @@ from builders.image_folder import open_folder
 from builders.import_fkd import ImportConfig, ImportFacts, import_fkd
 from nrrdd_format.codebooks import quantize
 from nrrdd_format.dataset import DistilledDataset, open_dataset
+from nrrdd_format.decoding import decode_image
 from nrrdd_format.errors import ConfigError, DataError, FormatError, NrrddError, OutputError
 from nrrdd_format.pairs import PairRecords
-from nrrdd_format.replay import decode_image, plan_batch, replay, stack_images
+from nrrdd_format.replay import plan_batch, replay, stack_images
 from nrrdd_format.verify import verify_dataset
 
 BATCH, EACH, SIZE = 6, 7, 32

@@ -23,9 +23,10 @@ from torch import Tensor
 from loaders import ClassDistances, DBRBatch, DBRLoader, order, reading
 from loaders.order import EpochOrder, ShardPairs, stored_epoch
 from nrrdd_format.dataset import open_dataset
+from nrrdd_format.decoding import decode_image
 from nrrdd_format.errors import ConfigError, FormatError
 from nrrdd_format.pairs import PairRecords
-from nrrdd_format.replay import decode_image, plan_batch, replay, stack_images
+from nrrdd_format.replay import plan_batch, replay, stack_images
 from nrrdd_format.shards import ShardReader
 
 PAIRS = 12  # of an epoch of the dataset below

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,17 +12,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from torch import Tensor
 
 from nrrdd_format import replay as module
 from nrrdd_format.codebooks import MixTable, mix_codebook, view_codebook
-from nrrdd_format.errors import FormatError
 from nrrdd_format.pairs import PairRecords, RecordLayout, draw_pairs
 from nrrdd_format.replay import (
     PairTensors,
     apply_views,
-    decode_image,
     mix,
     normalize,
     plan_batch,
@@ -62,12 +58,6 @@ def drawn_records(size: int, *, images: int = 12, kind: str = "both", seed: int 
         levels=np.array([0.1, 1.0], np.float32),
     )
     return draw_pairs(layout, 0, 0)
-
-
-def encoded(size: tuple[int, int], kind: str, mode: str = "RGB") -> bytes:
-    buffer = io.BytesIO()
-    Image.new(mode, size, 120).save(buffer, kind)
-    return buffer.getvalue()
 
 
 def reference_view(image: Tensor, box: list[int], flip: bool) -> Tensor:
@@ -257,35 +247,6 @@ def test_a_pair_looks_the_same_in_every_batch() -> None:
     together = replayed(records)
     alone = torch.cat([replayed(records.take(np.array([t]))) for t in range(12)])
     assert torch.equal(together, alone)
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_decode_every_codec(kind: str) -> None:
-    image = decode_image(encoded((6, 6), kind), 6)
-    assert image.dtype == torch.uint8
-    assert image.shape == (3, 6, 6)
-
-
-def test_decode_gives_rgb_from_grey() -> None:
-    assert decode_image(encoded((6, 6), "PNG", mode="L"), 6).tolist() == torch.full((3, 6, 6), 120).tolist()
-
-
-def test_decode_refuses_another_size_before_it_decodes() -> None:
-    data = encoded((9000, 6), "PNG")
-    with pytest.raises(FormatError, match="9000x6 pixels, expected 6x6"):
-        decode_image(data[:60], 6)  # the header alone: the pixels are not there
-
-
-@pytest.mark.parametrize("data", [b"", b"hello", encoded((6, 6), "GIF", mode="L"), encoded((6, 6), "JPEG")[:200]])
-def test_decode_refuses_what_is_no_image(data: bytes) -> None:
-    with pytest.raises(FormatError, match="fetch the file again"):
-        decode_image(data, 6)
-
-
-def test_decode_refuses_damaged_pixels() -> None:
-    data = encoded((6, 6), "PNG")
-    with pytest.raises(FormatError, match="truncated"):
-        decode_image(data[:45], 6)
 
 
 def test_moving_keeps_every_field() -> None:

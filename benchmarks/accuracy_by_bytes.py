@@ -118,6 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", type=int, nargs="*", default=[2, 4], metavar="M", help="product codes (2 4)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="keeps datasets and finished students")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"for the report ({RESULTS})")
+    parser.add_argument("--name", metavar="NAME", help="of the report's files (the dataset's)")
     add_device(parser)
     return parser
 
@@ -132,7 +133,7 @@ def measure(options: argparse.Namespace) -> int:
     text = table(rows, names)
     print(f"\n{text}")
     facts = provenance(MODULE, seeds=seeds)
-    stem = f"{facts['date']}-accuracy-by-bytes-{first.dataset.name}"
+    stem = f"{facts['date']}-accuracy-by-bytes-{options.name or first.dataset.name}"
     make_folder(options.results)
     settings = {"epochs": options.epochs, "priors": options.priors, "teacher_top1": first.teacher.top1}
     write_json(options.results / f"{stem}.json", facts | settings | {"students": [asdict(row) for row in rows]})
@@ -161,13 +162,19 @@ def _measure_dataset(options: argparse.Namespace, path: Path, source: Source) ->
     teacher = load_dataset_teacher(manifest, options.teacher_checkpoint, device)
     rows = []
     for kind in _kinds(options):
-        done = options.out / f"{path.name}-{kind.name.replace(', ', '-').replace(' ', '-')}-{options.epochs}.json"
+        done = options.out / f"{path.name}-{_file_name(options, kind)}.json"
         if not done.exists():
             completed = _completed(options, kind, path, teacher, device)
             write_json(done, asdict(_train(options, kind, completed, path.name, source, teacher)))
         rows.append(Measured(**json.loads(done.read_text())))
         print(f"{rows[-1].kind}: seed {rows[-1].seed}, top-1 {rows[-1].top1:.2f} %", flush=True)
     return rows
+
+
+def _file_name(options: argparse.Namespace, kind: Kind) -> str:
+    """Says all that a student depends on beside the dataset and its teacher."""
+    labels = kind.name.replace(", ", "-").replace(" ", "-") + (f"-{options.priors}" if kind.priors else "")
+    return f"{labels}-{options.student or 'default'}-{options.epochs}"
 
 
 def _completed(options: argparse.Namespace, kind: Kind, path: Path, teacher: Teacher, device: str) -> Path:

@@ -131,3 +131,6 @@ def test_the_command_trains_every_kind_once_and_reports_it(folder: Path, tmp_pat
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == times
     assert result.with_suffix(".png").stat().st_size > 1000
     assert "| completed, 1 further, priors" in result.with_suffix(".md").read_text()
+    assert main([*options, "--student", "conv2-w4", "--name", "narrow"]) == 0  # another student is not done yet
+    assert len(list((tmp_path / "out").glob("*.json"))) == 2 * len(size)
+    assert len(list((tmp_path / "results").glob("*-accuracy-by-bytes-narrow.json"))) == 1

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from loaders.cache import ShardCache
 from nrrdd_format.copies import verified_chunks
 from nrrdd_format.dataset import DistilledDataset
 from nrrdd_format.errors import FormatError
+from nrrdd_format.shards import ShardEntry
 
 
 def find_bad_shards(dataset: DistilledDataset, cache: ShardCache | None) -> dict[int, str]:
@@ -17,11 +20,26 @@ def find_bad_shards(dataset: DistilledDataset, cache: ShardCache | None) -> dict
     for shard, entry in enumerate(dataset.manifest.shards):
         try:
             if cache is not None:
-                cache.hold([entry])
-            for _ in verified_chunks(dataset.path / entry.name, entry):
-                pass
+                _hold_sound(cache, entry)
+            else:
+                _compare(dataset.path / entry.name, entry)
         except FormatError as error:
             bad[shard] = str(error)
     if cache is not None:
         cache.hold([])
     return bad
+
+
+def _hold_sound(cache: ShardCache, entry: ShardEntry) -> None:
+    """Holds a shard and compares it; one that was damaged since it was fetched is fetched anew."""
+    cache.hold([entry])
+    try:
+        _compare(cache.path(entry), entry)
+    except FormatError:
+        cache.discard(entry.name)
+        cache.hold([entry])  # which compares what it fetches
+
+
+def _compare(path: Path, entry: ShardEntry) -> None:
+    for _ in verified_chunks(path, entry):
+        pass

@@ -6,7 +6,8 @@
     <cache_dir>/<dataset id>/shard-00000.tar.lock held exclusively by who fetches or evicts, shared by who reads
 
 Locks are the operating system's (flock): they end with the process that holds them, however it ends, so what a
-killed one leaves is an unlocked .part, which is written anew or evicted. Lock files are empty and stay.
+killed one leaves is an unlocked .part, which is written anew or evicted. Lock files are empty and stay. A process
+forked from one that holds has the same open files, so what is let go is unlocked, not only closed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from nrrdd_format.errors import NrrddError, OutputError
-from nrrdd_format.files import locked
+from nrrdd_format.files import locked, release
 from nrrdd_format.remote import RemoteFolder
 from nrrdd_format.shards import ShardEntry
 
@@ -41,6 +42,7 @@ class ShardCache:
         self._remote = remote
         self._limit = limit_bytes
         self._held: dict[str, int] = {}  # name of a shard -> the descriptor that holds its lock
+        self._holder = os.getpid()
 
     def hold(self, entries: Sequence[ShardEntry]) -> None:
         """Fetches these shards where they are missing, and lets go of all others.
@@ -52,8 +54,9 @@ class ShardCache:
         nothing.
         """
         names = {entry.name for entry in entries}
+        self._forget_the_parents()
         for name in self._held.keys() - names:
-            os.close(self._held.pop(name))
+            release(self._held.pop(name))
         waiting = [entry for entry in entries if entry.name not in self._held]
         seen: list[int] = []
         deadline, patience = 0.0, _PATIENCE * self._remote.longest_pause
@@ -79,6 +82,23 @@ class ShardCache:
         """Where a shard lies once it is held."""
         return self.folder / entry.name
 
+    def discard(self, name: str) -> None:
+        """Removes a shard that turned out to be damaged: who needs it next fetches it anew."""
+        with _disk_errors(self.folder):
+            (self.folder / name).unlink(missing_ok=True)
+        if name in self._held:
+            release(self._held.pop(name))
+
+    def _forget_the_parents(self) -> None:
+        """In a forked process: closes what its parent holds, without unlocking it."""
+        if self._holder != os.getpid():
+            self._close_held()
+            self._holder = os.getpid()
+
+    def _close_held(self) -> None:
+        while self._held:
+            os.close(self._held.popitem()[1])
+
     def _prefetch(self, entries: Iterable[ShardEntry]) -> None:
         with suppress(NrrddError, OSError):  # whoever comes to need the shard tries again, and says what is wrong
             for entry in entries:
@@ -87,7 +107,7 @@ class ShardCache:
                     if _locked(lock, fcntl.LOCK_EX):
                         self._fetch(entry)
                 finally:
-                    os.close(lock)
+                    release(lock)
 
     def _try_hold(self, entry: ShardEntry) -> bool:
         """Holds a shard, fetched if it is missing; False: another process is about to."""
@@ -102,7 +122,7 @@ class ShardCache:
                 return True
         finally:
             if lock != -1:
-                os.close(lock)
+                release(lock)
         return False
 
     def _fetch(self, entry: ShardEntry) -> None:
@@ -161,7 +181,7 @@ class ShardCache:
                 file.unlink(missing_ok=True)
             return free
         finally:
-            os.close(lock)
+            release(lock)
 
     def _is_here(self, entry: ShardEntry) -> bool:
         """A file of another size has been damaged since it was checked, and is fetched anew."""
@@ -181,8 +201,7 @@ class ShardCache:
         return {**self.__dict__, "_held": {}}
 
     def __del__(self) -> None:
-        for lock in self._held.values():
-            os.close(lock)
+        self._close_held()
 
 
 def _locked(descriptor: int, kind: int) -> bool:

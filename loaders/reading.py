@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -65,8 +66,22 @@ class BatchReader(Dataset[Reading]):
         try:
             self._turn_to(epoch)
             return self._read(self._pairs(start, stop), slot)
+        except FormatError as error:
+            return self._discarded(error)
         except NrrddError as error:
             return error
+
+    def _discarded(self, error: FormatError) -> FormatError:
+        """Removes the cached shard that an error tells of, so that whoever reads it next fetches it anew."""
+        if self._cache is None or error.path is None or Path(error.path).parent != self._cache.folder:
+            return error
+        self._dataset.shards.close()
+        self._windows, self._records = {}, {}
+        self._cache.discard(Path(error.path).name)
+        removed = FormatError(
+            f"{error.reason}; it was removed from the cache, and is fetched anew when it is wanted again"
+        )
+        return removed.located(path=error.path, member=error.member, offset=error.offset)
 
     def _turn_to(self, epoch: int) -> None:
         """Draws the epoch's order, and forgets the windows and records of the epoch before."""

@@ -47,7 +47,8 @@ def default_cache_dir() -> Path:
 def locked(path: Path, on_wait: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Holds the lock of a file, which is made where it is missing, and stays; `on_wait` is called before waiting.
 
-    The lock is the operating system's (flock): it ends with the process that holds it, however that ends.
+    The lock is the operating system's (flock): it ends with the process that holds it, and those forked from it while
+    it did, however they end.
 
     Raises:
         OSError: the file cannot be made, or its file system has no locks.
@@ -61,7 +62,13 @@ def locked(path: Path, on_wait: Callable[[], object] = lambda: None) -> Iterator
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)
+        release(descriptor)
+
+
+def release(descriptor: int) -> None:
+    """Gives up a file's lock and closes it: a process forked meanwhile has it open too, and would go on holding it."""
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:

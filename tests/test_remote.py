@@ -625,3 +625,88 @@ def test_a_cache_is_pickled_without_what_it_holds(server: DatasetServer, tmp_pat
     assert max(server.fetched.values()) == 1
     error = pickle.loads(pickle.dumps(RefusedError("no", path="x")))
     assert (type(error), str(error)) == (RefusedError, "x: no")
+
+
+@pytest.fixture
+def fork() -> Iterator[Callable[[], None]]:
+    """Forks processes that do nothing, as another loader's workers would be, and live until the test ends."""
+    children = []
+
+    def one() -> None:
+        children.append(FORK.Process(target=time.sleep, args=(600,), daemon=True))
+        children[-1].start()
+
+    yield one
+    for child in children:
+        child.kill()
+        child.join()
+
+
+def test_what_is_let_go_is_free_whatever_was_forked_meanwhile(
+    server: DatasetServer, tmp_path: Path, fork: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, entries = shard_cache(server, tmp_path)
+    shared, _ = shard_cache(server, tmp_path, limit=entries[0].bytes)
+    shared.hold(entries[:1])
+    fork()
+    shared.hold(entries[1:2])  # evicts the first
+    assert names(tmp_path) == {entries[1].name}
+    fetch = ShardCache._fetch
+
+    def forking(self: ShardCache, entry: ShardEntry) -> None:
+        fetch(self, entry)
+        fork()
+
+    monkeypatch.setattr(ShardCache, "_fetch", forking)
+    other, _ = shard_cache(server, tmp_path)
+    other._prefetch(entries[2:3])
+    monkeypatch.undo()
+    lock = other._open_lock(other.path(entries[2]))
+    assert cache._locked(lock, fcntl.LOCK_EX)
+    os.close(lock)
+
+
+def test_a_forked_process_unlocks_nothing_of_its_parent(server: DatasetServer, tmp_path: Path) -> None:
+    shared, entries = shard_cache(server, tmp_path)
+    shared.hold(entries[:1])
+    child = FORK.Process(target=shared.hold, args=([],))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    lock = shared._open_lock(shared.path(entries[0]))
+    assert not cache._locked(lock, fcntl.LOCK_EX)
+    os.close(lock)
+
+
+def damage(shard: Path) -> None:
+    """Turns over every byte but the first tar header's, at the same size."""
+    data = shard.read_bytes()
+    shard.write_bytes(data[:512] + bytes(255 - byte for byte in data[512:]))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_shard_damaged_in_the_cache_is_fetched_anew(
+    num_workers: int, dataset: Path, server: DatasetServer, loader_of: Callable[..., DBRLoader], tmp_path: Path
+) -> None:
+    expected = keys(loader_of())
+    (cached,) = tmp_path.glob("cache/*/shard-00002.tar")
+    damage(cached)
+    loader = loader_of(num_workers=num_workers)
+    with pytest.raises(FormatError, match=r"shard-00002\.tar.*; it was removed from the cache, and is fetched anew"):
+        list(loader)
+    loader.set_epoch(0)
+    assert keys(loader) == expected
+    damage(cached)
+    assert keys(loader_of(on_bad_shard="skip")) == expected
+    assert server.fetched["shard-00002.tar"] == 3
+
+
+def test_a_damaged_dataset_in_a_folder_is_left_alone(dataset: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in dataset.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    damage(copy / "shard-00002.tar")
+    with pytest.raises(FormatError, match=r"shard-00002\.tar(?!.*removed)"):
+        list(DBRLoader(copy, 5))
+    assert (copy / "shard-00002.tar").is_file()

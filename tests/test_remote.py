@@ -689,6 +689,7 @@ def test_a_shard_damaged_in_the_cache_is_fetched_anew(
     num_workers: int, dataset: Path, server: DatasetServer, loader_of: Callable[..., DBRLoader], tmp_path: Path
 ) -> None:
     expected = keys(loader_of())
+    gc.collect()  # or what that loader holds could not be fetched anew
     (cached,) = tmp_path.glob("cache/*/shard-00002.tar")
     damage(cached)
     loader = loader_of(num_workers=num_workers)
@@ -696,6 +697,8 @@ def test_a_shard_damaged_in_the_cache_is_fetched_anew(
         list(loader)
     loader.set_epoch(0)
     assert keys(loader) == expected
+    del loader
+    gc.collect()
     damage(cached)
     assert keys(loader_of(on_bad_shard="skip")) == expected
     assert server.fetched["shard-00002.tar"] == 3

@@ -2,7 +2,7 @@
 
 torch's DataLoader supplies processes, prefetching, the batches' order and the detection of dead workers. The
 sequence of pairs itself is a function of (seed, epoch) alone (`loaders.order`), so the state of a loader is
-three numbers.
+two numbers, the epoch and how many of its pairs were given, and what they hold for.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
@@ -25,7 +26,7 @@ from loaders.order import EpochSteps, ShardPairs, epoch_steps, rank_slice
 from loaders.ranks import Agreement, distributed_ranks
 from loaders.reading import Assignment, BatchReader, Reading
 from nrrdd_format.dataset import DistilledDataset, open_dataset
-from nrrdd_format.errors import ConfigError, NrrddError, counted
+from nrrdd_format.errors import ConfigError, NrrddError, counted, shown
 from nrrdd_format.files import default_cache_dir
 from nrrdd_format.manifest import TeacherInfo
 from nrrdd_format.remote import RemoteFolder, is_url, local_path
@@ -33,6 +34,7 @@ from nrrdd_format.remote import RemoteFolder, is_url, local_path
 STATE_FORMAT = "nrrdd-loader"
 STATE_VERSION = 2
 _PREFETCHED = 2  # batches that each worker prepares ahead
+_DEATH = "DataLoader worker (pid"  # how torch begins to say that one has ended
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +66,11 @@ class DBRLoader:
     within a window (`loaders.order`).
 
     Memory, beside what torch takes in every process, depends on none of the dataset's size: in each reading process
-    (the workers, or this one) `cache_bytes`; for the pairs of two windows 64 bytes, and for their images 500 bytes
-    each; and the batch that is being read, 3 * S^2 bytes for each of its images and, with device "cpu",
-    12 * S^2 for each pair. Two finished batches a worker wait for the training loop, in (shared) memory that is used
-    again and again: with W workers 2 * W + 2 batches in all, and more only if the loop keeps more. At most two windows
-    of shards are open.
+    (the workers, or this one) `cache_bytes`; for the pairs of two windows 64 bytes each (and 12 for each further
+    class), and for their images 500 bytes each (and 9 for each class of a prior); and the batch that is being read,
+    3 * S^2 bytes for each of its images and, with device "cpu", 12 * S^2 for each pair. Two finished batches a worker
+    wait for the training loop, in (shared) memory that is used again and again: with W workers 2 * W + 2 batches in
+    all, and more only if the loop keeps more. At most two windows of shards are open.
 
     Where torch.distributed is initialised, the ranks agree on every batch before they hand it out (one number
     goes round on the CPU), so a rank that cannot go on raises on all of them. All have to iterate alike.
@@ -121,17 +123,18 @@ class DBRLoader:
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        _require(batch_size >= 1, f"batch_size: found {batch_size}, expected 1 or more")
-        _require(seed >= 0, f"seed: found {seed}, expected 0 or more")
-        _require(num_workers >= 0, f"num_workers: found {num_workers}, expected 0 or more")
-        _require(cache_bytes >= 0, f"cache_bytes: found {cache_bytes}, expected 0 or more")
-        _require(
-            cache_limit_bytes is None or (type(cache_limit_bytes) is int and cache_limit_bytes >= 1),
-            f"cache_limit_bytes: found {cache_limit_bytes}, expected a whole number of bytes, 1 or more, or None",
-        )
+        _require_whole("batch_size", batch_size, 1)
+        _require_whole("seed", seed, 0)
+        _require_whole("num_workers", num_workers, 0)
+        _require_whole("cache_bytes", cache_bytes, 0)
+        if cache_limit_bytes is not None:
+            _require_whole("cache_limit_bytes", cache_limit_bytes, 1)
         _require(on_bad_shard in ("raise", "skip"), f"on_bad_shard: found {on_bad_shard!r}, expected 'raise' or 'skip'")
-        _require(timeout > 0, f"timeout: found {timeout}, expected more than 0 seconds")
-        _require(attempts >= 1, f"attempts: found {attempts}, expected 1 or more")
+        _require(
+            isinstance(timeout, int | float) and timeout > 0,
+            f"timeout: found {shown(timeout)}, expected more than 0 seconds",
+        )
+        _require_whole("attempts", attempts, 1)
         self._cache: ShardCache | None = None
         if is_url(path):
             remote = RemoteFolder(
@@ -149,6 +152,9 @@ class DBRLoader:
             pairs_per_shard=tuple(entry.pairs_per_epoch for entry in self._manifest.shards),
             cycle=self._manifest.records.cycle,
         )
+        _require(
+            self._shards.total > 0, f"{path}: the dataset lists no shards, expected at least one; finish its build"
+        )
         self._ranks = _given_ranks(rank, world_size)
         self._agreement = Agreement() if self._ranks is None else None
         if cache_limit_bytes is not None and self._cache is not None:
@@ -156,7 +162,6 @@ class DBRLoader:
         if on_bad_shard == "skip":
             self._skip_bad_shards()
         self._pairs = self._shards.total
-        _require(self._pairs > 0, f"{path}: the dataset lists no shards, expected at least one; finish its build")
         self._batch_size = batch_size
         self._seed = seed
         self._num_workers = num_workers
@@ -169,7 +174,6 @@ class DBRLoader:
         self._resume_at = 0  # where the next iteration starts, if a state was loaded
         self._all_given = False  # a loop may stop at the last batch without asking for another
         self._warned = False
-        self._compared = False
         self._torch_loader = self._new_torch_loader()
         _require(
             len(self) > 0,
@@ -205,7 +209,7 @@ class DBRLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Makes `epoch` (from 0) the next to iterate; naming the current one keeps a loaded position."""
-        _require(epoch >= 0, f"epoch: found {epoch}, expected 0 or more")
+        _require_whole("epoch", epoch, 0)
         if epoch != self._epoch or self._all_given:
             self._turn_to(epoch)
 
@@ -299,11 +303,10 @@ class DBRLoader:
         return [self._manifest.shards[shard].name for shard in sorted(self._shards.skipped)]
 
     def _compare_ranks(self) -> None:
-        """Before the first batch: ranks that read different things would train on other pairs than they say."""
-        if self._agreement is not None and not self._compared:
+        """Before an epoch's first batch: ranks that read different things would train on other pairs than they say."""
+        if self._agreement is not None:
             state = {**self.state_dict(), "batch_size": self._batch_size, "drop_last": self._drop_last}
             self._agreement.require_same("loader", state)
-            self._compared = True
 
     def _new_torch_loader(self) -> DataLoader[Reading]:
         self._slots = self._new_slots()
@@ -342,8 +345,9 @@ class DBRLoader:
             return Slots(count, nbytes, shared=self._num_workers > 0)
         except RuntimeError:
             warnings.warn(
-                f"no room for {count * nbytes:,} bytes of shared memory ({count} batches), so every batch takes new "
-                f"memory, which is slower; make /dev/shm larger, or lower num_workers or batch_size",
+                f"no room for {count * nbytes:,} bytes of {'shared ' if self._num_workers else ''}memory ({count} "
+                f"batches), so every batch takes new memory, which is slower; "
+                f"{'make /dev/shm larger, or lower num_workers or' if self._num_workers else 'lower'} batch_size",
                 stacklevel=4,
             )
             return None
@@ -353,7 +357,8 @@ class DBRLoader:
             yield from map(self._opened, self._torch_loader)
         except (ConnectionError, EOFError, RuntimeError) as error:
             # Usually torch says so itself; a batch that the dead process had sent shows as a broken connection.
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            # What a living worker raised ("Caught RuntimeError in DataLoader worker process 0.") is no death.
+            if str(error).startswith("Caught ") or (isinstance(error, RuntimeError) and _DEATH not in str(error)):
                 raise
             self._torch_loader = self._new_torch_loader()
             reason = str(error).partition("\n")[0] or type(error).__name__
@@ -427,7 +432,8 @@ def _assignments(
 def _given_ranks(rank: int | None, world_size: int | None) -> tuple[int, int] | None:
     if rank is None and world_size is None:
         return None
-    if rank is None or world_size is None or not 0 <= rank < world_size:
+    whole = isinstance(rank, int | np.integer) and isinstance(world_size, int | np.integer)
+    if rank is None or world_size is None or not whole or not 0 <= rank < world_size:
         raise ConfigError(f"rank {rank} of world_size {world_size}: expected both, and 0 <= rank < world_size")
     return rank, world_size
 
@@ -453,6 +459,14 @@ def _count(state: Mapping[str, object], key: str, most: int) -> int:
     if type(found) is not int or not 0 <= found <= most:
         raise ConfigError(f"loader state: {key} is {found!r}, expected an integer from 0 to {most}")
     return found
+
+
+def _require_whole(name: str, value: object, least: int) -> None:
+    """NumPy's integers count as well: they come from computed sizes."""
+    _require(
+        isinstance(value, int | np.integer) and int(value) >= least,
+        f"{name}: found {shown(value)}, expected a whole number, {least} or more",
+    )
 
 
 def _require(condition: bool, message: str) -> None:

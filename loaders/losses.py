@@ -33,8 +33,8 @@ class DBRLoss(nn.Module):
     Args:
         alpha_sce, alpha_dbr: weights of the two parts.
         radius: r, in nats.
-        sce: "sample": mean of max(0, CE - r); "batch": max(0, mean CE - r); "target": CE to labels of which
-            none exceeds 1 - r, the excess spread evenly over the classes below; "entropy": mean of
+        sce: "sample": mean of max(0, CE - r); "batch": max(0, mean CE - r); "target": CE to labels cut at
+            1 - r, what is cut spread evenly over the classes below; "entropy": mean of
             max(0, CE - H(lam) - r), H(lam) being the least value CE can have.
         distance: "l1": |x|; "huber": quadratic up to 1 nat, then linear; "squared": x**2.
         temperature: softmax temperature of the student's distances; must be the teacher's
@@ -303,11 +303,16 @@ def _soft_cross_entropy(log_p: Tensor, labels: Tensor) -> Tensor:
 
 
 def _check_sizes(logits: Tensor, batch: DBRBatch) -> None:
+    """On a GPU labels are not looked at, since that would wait for it."""
     if logits.ndim != 2 or len(logits) != len(batch):
         raise ConfigError(
             f"logits of shape {tuple(logits.shape)}, expected ({len(batch)}, classes) as the batch has "
             f"{len(batch)} pairs"
         )
+    if batch.label_org.device.type == "cpu" and not torch.compiler.is_compiling():
+        highest = int(torch.maximum(batch.label_org, batch.label_aug).max())
+        if highest >= logits.shape[1]:
+            raise ConfigError(f"logits of {logits.shape[1]} classes, but the batch has a pair of class {highest}")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -224,7 +224,8 @@ def _short_float(value: np.floating) -> float:
 
 def _within(what: str, value: int, count: int) -> None:
     if not 0 <= value < count:
-        raise ConfigError(f"{what} {value} does not exist: expected 0..{count - 1}")
+        expected = f"expected 0..{count - 1}" if count else "there is none"
+        raise ConfigError(f"{what} {value} does not exist: {expected}")
 
 
 def _lines(values: dict[str, Any], indent: str) -> Iterator[str]:

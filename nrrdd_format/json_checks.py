@@ -24,10 +24,15 @@ def parse_json(text: bytes) -> dict[str, Any]:
         raise FormatError(f"holds about {values} values, expected at most {MAX_VALUES}")
     try:
         value = json.loads(
-            text.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique
+            text.decode("utf-8"),
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_whole,
+            object_pairs_hook=_unique,
         )
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"is not valid JSON: {error or 'nested too deeply'}") from None
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise FormatError(f"is not valid JSON: {reason}") from None
     if not isinstance(value, dict):
         raise FormatError(f"holds a JSON {type(value).__name__}, expected an object")
     _check_depth(value)
@@ -50,6 +55,11 @@ def _finite(text: str) -> float:
     if math.isinf(number):
         raise ValueError(f"{text:.40} is too large a number")
     return number
+
+
+def _whole(text: str) -> int:
+    _finite(text)
+    return int(text)
 
 
 def _no_constant(name: str) -> None:

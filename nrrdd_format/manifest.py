@@ -163,7 +163,10 @@ class Manifest:
 
     def encode(self) -> bytes:
         """The bytes of `dataset.json`, one top-level key a line. Raises FormatError for unusable content."""
-        rows = [f"{json.dumps(key)}: {_line(value)}" for key, value in self.to_json().items()]
+        try:
+            rows = [f"{json.dumps(key)}: {_line(value)}" for key, value in self.to_json().items()]
+        except ValueError as error:  # NaN and infinities
+            raise FormatError(f"{error}, expected finite numbers") from None
         data = ("{\n" + ",\n".join(rows) + "\n}\n").encode("ascii")
         Manifest.decode(data)  # a manifest that no reader would accept is never written
         return data

@@ -10,7 +10,8 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import pairwise
+from enum import Enum
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from nrrdd_format.rewriting import load_to_rewrite
 from nrrdd_format.shards import ShardEntry
 
 _ROWS = (list, tuple)
+_Missing = Enum("_Missing", ["NOWHERE"])
 _Located = tuple[Path, ShardEntry]
 """A shard's entry and the folder its file lies in."""
 
@@ -41,6 +43,9 @@ def split_dataset(path: str | os.PathLike[str], outs: Sequence[Path]) -> list[Ma
     count = len(manifest.shards)
     if len({out.resolve() for out in outs}) != len(outs):
         raise ConfigError("--out: a folder is named twice")
+    for out, other in permutations(outs, 2):
+        if out.resolve() in other.resolve().parents:
+            raise ConfigError(f"--out: {other} lies in {out}, expected folders beside each other")
     if len(outs) < 2:
         raise ConfigError("--out: found one folder, expected two or more: one for each part")
     if count < 2:
@@ -124,7 +129,11 @@ def _first_difference(expected: Any, found: Any, key: str) -> tuple[str, Any, An
     if expected == found:
         return None
     if isinstance(expected, dict) and isinstance(found, dict):
-        below = [(f"{key}.{name}".lstrip("."), expected.get(name), found.get(name)) for name in {**expected, **found}]
+        both = {**expected, **found}
+        below = [
+            (f"{key}.{name}".lstrip("."), expected.get(name, _Missing.NOWHERE), found.get(name, _Missing.NOWHERE))
+            for name in both
+        ]
     elif isinstance(expected, _ROWS) and isinstance(found, _ROWS) and len(expected) == len(found):
         below = [(f"{key}[{i}]", *pair) for i, pair in enumerate(zip(expected, found, strict=True))]
     else:
@@ -144,6 +153,8 @@ def _check_distinct(things: Iterable[tuple[str, Path]]) -> None:
 
 
 def _short(value: object) -> str:
+    if value is _Missing.NOWHERE:
+        return "not there"
     if isinstance(value, _ROWS) and len(value) > 4:
         return f"a list of {len(value)}"
     text = repr(value)

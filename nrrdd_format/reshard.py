@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,8 @@ from nrrdd_format.priors import Priors
 from nrrdd_format.records import encode_shard_records
 from nrrdd_format.rewriting import load_to_rewrite
 from nrrdd_format.shards import ShardEntry, ShardReader, shard_number, write_shard
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +128,9 @@ def _closed_cycle(pairs: Sequence[Sequence[int]], cycle: int) -> int:
 
 def _join(source: Path, before: Manifest, after: Manifest, group: range, folder: Path) -> ShardEntry:
     """Writes one shard that holds the images and pairs of the shards in `group`."""
-    readers = [open_shard(source, before, index) for index in group]
+    readers = [_closed(open_shard(source, before, index)) for index in group]
     entries = [before.shards[index] for index in group]
-    images = [image for reader in readers for image in reader.encoded_images()]
+    images = [image for reader in readers for image in _closing(reader, reader.encoded_images)]
     layout = after.layout_for(len(images), sum(entry.pairs_per_epoch for entry in entries))
     shard, epochs = shard_number(entries[0].name), before.records.epochs
     return write_shard(
@@ -142,14 +145,30 @@ def _join(source: Path, before: Manifest, after: Manifest, group: range, folder:
     )
 
 
+def _closed(reader: ShardReader) -> ShardReader:
+    """The reader with its file closed until it is read: a group may have more shards than a process may open files."""
+    reader.close()
+    return reader
+
+
+def _closing(reader: ShardReader, read: Callable[[], Iterable[T]]) -> Iterator[T]:
+    """What is read, the file closed after each."""
+    for one in read():
+        reader.close()
+        yield one
+
+
 def _joined_priors(readers: Sequence[ShardReader]) -> Priors | None:
-    parts = [reader.priors for reader in readers]
+    parts = []
+    for reader in readers:
+        parts.append(reader.priors)
+        reader.close()
     return None if None in parts else Priors.concatenate([part for part in parts if part is not None])
 
 
 def _joined_epochs(readers: Sequence[ShardReader]) -> Iterator[PairRecords]:
     shifts = np.cumsum([0, *(reader.images for reader in readers)])
-    for parts in zip(*(reader.all_records() for reader in readers), strict=True):
+    for parts in zip(*(_closing(reader, reader.all_records) for reader in readers), strict=True):
         yield PairRecords.concatenate([_shifted(records, shift) for records, shift in zip(parts, shifts, strict=False)])
 
 

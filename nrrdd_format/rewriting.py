@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from nrrdd_format.errors import FormatError
+from nrrdd_format.errors import FormatError, shown
 from nrrdd_format.json_checks import parse_json
 from nrrdd_format.limits import MAX_MANIFEST_BYTES
 from nrrdd_format.manifest import Manifest
@@ -33,8 +33,8 @@ def load_to_rewrite(path: str | os.PathLike[str]) -> Manifest:
     lost = next(_unknown(content, manifest.to_json(), ""), None)
     if lost is not None:
         raise FormatError(
-            f"{lost} is not known to this nrrdd, which would lose it: change this dataset with the program that wrote "
-            "it, or remove that key",
+            f"{shown(lost)} is not known to this nrrdd, which would lose it: change this dataset with the program that "
+            "wrote it, or remove that key",
             path=path,
         )
     return manifest

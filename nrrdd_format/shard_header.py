@@ -57,6 +57,7 @@ class ShardHeader:
     members: tuple[Member, ...]
     indices: NDArray[np.int64]  # (n,) the images' numbers in the dataset
     labels: NDArray[np.int64]  # (n,) their classes
+    major: int  # version
 
     @property
     def images(self) -> int:
@@ -81,6 +82,7 @@ class ShardHeader:
             members=(*images, _member(rows[-1], RECORDS_NAME, MAX_MEMBER_BYTES)),
             indices=indices,
             labels=np.array([name.label for name in names], np.int64),
+            major=content["version"][0],
         )
 
     def offsets(self, start: int) -> NDArray[np.int64]:

@@ -20,7 +20,7 @@ from nrrdd_format.errors import ConfigError, FormatError
 from nrrdd_format.files import atomic_write
 from nrrdd_format.frames import PREFIX, payload_length
 from nrrdd_format.further import check_labels
-from nrrdd_format.limits import MAX_EPOCHS, MAX_IMAGE_BYTES, MAX_SHARDS
+from nrrdd_format.limits import MAX_CLASSES, MAX_EPOCHS, MAX_IMAGE_BYTES, MAX_INDEX, MAX_SHARDS
 from nrrdd_format.pairs import PairRecords, RecordLayout
 from nrrdd_format.pread import PositionedFile
 from nrrdd_format.priors import Priors
@@ -99,8 +99,8 @@ def write_shard(
 
     `blocks` are those of `encode_shard_records`.
 
-    The file appears whole or not at all. Raises ConfigError for content the format cannot hold, OutputError
-    where the file cannot be written.
+    The file appears whole or not at all. Raises ConfigError for content the format cannot hold, FormatError for
+    blocks and priors that it cannot, OutputError where the file cannot be written.
     """
     _check_content(shard, images, extension, blocks, epochs, layout)
     _check_priors(shard, images, layout, priors)
@@ -150,6 +150,10 @@ def _check_content(
     _require(len({i.index for i in images}) == len(images), f"shard {shard}: an image index appears twice")
     for image in images:
         size = len(image.data)
+        _require(0 <= image.index < MAX_INDEX, f"image {image.index}: expected a number of 0..{MAX_INDEX - 1}")
+        _require(
+            0 <= image.label < MAX_CLASSES, f"image {image.index}: class {image.label}, expected 0..{MAX_CLASSES - 1}"
+        )
         _require(
             1 <= size <= MAX_IMAGE_BYTES,
             f"image {image.index}: {size} bytes encoded, expected 1..{MAX_IMAGE_BYTES}",
@@ -321,6 +325,8 @@ class ShardReader:
         size = self._file.size()
         self._expect("the file has", size, int(self._offsets[-1]) + len(tar.END), "bytes (shard header)")
         self._expect("the shard header lists", self.images, self.layout.images, "images (manifest)")
+        major, _ = needed_version(priors=self.layout.priors, further=self.layout.further)
+        self._expect("the shard header states version", self.header.major, major, "(further classes or none, manifest)")
         if entry is not None:
             self._expect("the shard header says it is", shard_name(self.shard), entry.name, "(manifest)")
             self._expect("the file has", size, entry.bytes, "bytes (manifest)")

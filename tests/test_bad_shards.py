@@ -194,6 +194,21 @@ def test_ranks_that_read_different_things_are_refused(dataset: Path, tmp_path: P
     ]
 
 
+def test_ranks_that_load_different_states_later_are_refused(dataset: Path, tmp_path: Path) -> None:
+    copies(dataset, tmp_path, 2)
+
+    def train(rank: int, path: Path) -> object:
+        loader = DBRLoader(path, 2)
+        list(loader)
+        loader.load_state_dict({**loader.state_dict(), "epoch": rank, "pairs": 0})
+        return list(loader)
+
+    assert run_ranks(tmp_path, train, 2) == [
+        "ConfigError: loader: epoch is 0 here, 1 on rank 1; expected the same",
+        "ConfigError: loader: epoch is 1 here, 0 on rank 0; expected the same",
+    ]
+
+
 def test_the_end_of_a_rank_ends_the_others(dataset: Path, tmp_path: Path) -> None:
     copies(dataset, tmp_path, 2)
 

@@ -421,8 +421,8 @@ def with_manifest(folder: Path, *changes: tuple[tuple[str, ...], object]) -> Pat
     ("change", "message"),
     [
         ((("version",), [1, 7]), "version is 1.7, this nrrdd writes 1.1 and would lose what came later"),
-        ((("records", "weights"), [1]), "records.weights is not known to this nrrdd, which would lose it"),
-        ((("shards", 1, "mirror"), "x"), r"shards[1].mirror is not known"),
+        ((("records", "weights"), [1]), "'records.weights' is not known to this nrrdd, which would lose it"),
+        ((("shards", 1, "mirror"), "x"), "'shards[1].mirror' is not known"),
     ],
 )
 def test_what_a_newer_version_brought_is_not_dropped(

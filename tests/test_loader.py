@@ -12,6 +12,7 @@ import warnings
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -405,6 +406,12 @@ def test_a_wrong_state_is_refused_and_changes_nothing(dataset: Path, change: dic
         ({"seed": -1}, "seed: found -1"),
         ({"num_workers": -1}, "num_workers: found -1"),
         ({"cache_bytes": -1}, "cache_bytes: found -1"),
+        ({"batch_size": 2.5}, "batch_size: found 2.5, expected a whole number, 1 or more"),
+        ({"batch_size": "4"}, "batch_size: found '4'"),
+        ({"seed": 1.5}, "seed: found 1.5"),
+        ({"num_workers": 1.5}, "num_workers: found 1.5"),
+        ({"timeout": "3"}, "timeout: found '3'"),
+        ({"rank": 0.0, "world_size": 1}, "rank 0.0 of world_size 1"),
         ({"rank": 0}, "rank 0 of world_size None: expected both"),
         ({"rank": 2, "world_size": 2}, "rank 2 of world_size 2"),
         ({"rank": 0, "world_size": PAIRS + 1}, "12 pairs left in the epoch for 13 processes"),
@@ -521,6 +528,19 @@ def test_a_killed_worker_gives_an_error_and_the_loader_recovers(dataset: Path) -
     killed, *after = result.stdout.splitlines()
     assert "DataLoader worker" in killed or "a loader process has died" in killed
     assert after[-1] == str(PAIRS)  # the first one still fails where the loop's body learned of the death
+
+
+def test_what_a_worker_raises_is_not_taken_for_its_death(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise RuntimeError("no memory for this tensor")
+
+    monkeypatch.setattr(reading, "decode_image", fail)
+    with pytest.raises(RuntimeError, match="no memory for this tensor"):
+        list(DBRLoader(dataset, 5, num_workers=1))
+
+
+def test_a_computed_batch_size_counts(dataset: Path) -> None:
+    assert len(DBRLoader(dataset, np.int64(5))) == -(-PAIRS // 5)  # type: ignore[arg-type]
 
 
 @needs_proc

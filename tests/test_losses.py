@@ -556,6 +556,13 @@ def test_logits_of_another_shape_are_refused(loss: nn.Module, shape: tuple[int, 
         loss(torch.zeros(shape), BATCH)
 
 
+@pytest.mark.parametrize("loss", [DBRLoss(), OneHotLoss(), CompactLoss(), CompletedDBRLoss()])
+def test_a_student_of_too_few_classes_is_refused(loss: nn.Module) -> None:
+    highest = int(max(BATCH.label_org.max(), BATCH.label_aug.max()))
+    with pytest.raises(ConfigError, match=f"logits of {highest} classes, but the batch has a pair of class {highest}"):
+        loss(torch.zeros(5, highest), BATCH)
+
+
 def test_soft_refuses_teacher_logits_of_another_shape() -> None:
     with pytest.raises(ConfigError, match="teacher logits"):
         SoftLoss()(LOGITS, BATCH, LOGITS[:, :4])

@@ -73,11 +73,13 @@ def test_parts_are_neighbours(folder: Path, tmp_path: Path) -> None:
         (["a"], "found one folder"),
         ([*"abcdef"], "6 folders for 5 shards"),
         (["a", "b", "a"], "named twice"),
+        (["a", "a/b"], "a/b lies in .*a, expected folders beside each other"),
     ],
 )
 def test_numbers_of_parts_that_cannot_be(folder: Path, tmp_path: Path, names: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         split_dataset(folder, [tmp_path / name for name in names])
+    assert list(tmp_path.iterdir()) == [folder]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 
@@ -166,6 +168,10 @@ def test_the_method_must_agree(folder: Path, tmp_path: Path) -> None:
     replace(Manifest.load(parts[1] / MANIFEST_NAME), method={"x": [1, {"y": 2}]}).save(parts[1] / MANIFEST_NAME)
     replace(Manifest.load(parts[0] / MANIFEST_NAME), method={"x": [1, {"y": 3}]}).save(parts[0] / MANIFEST_NAME)
     with pytest.raises(ConfigError, match=r"method.x\[1\].y is 2, expected 3"):
+        merge_datasets(parts, tmp_path / "merged")
+    replace(Manifest.load(parts[0] / MANIFEST_NAME), method={"x": None}).save(parts[0] / MANIFEST_NAME)
+    replace(Manifest.load(parts[1] / MANIFEST_NAME), method={}).save(parts[1] / MANIFEST_NAME)
+    with pytest.raises(ConfigError, match=r"method.x is not there, expected None"):
         merge_datasets(parts, tmp_path / "merged")
 
 

@@ -355,7 +355,7 @@ def test_another_version_at_the_same_url_is_not_mixed_up(
         ({"timeout": 0}, "timeout: found 0"),
         ({"attempts": 0}, "attempts: found 0"),
         ({"on_bad_shard": "ignore"}, "on_bad_shard: found 'ignore'"),
-        ({"cache_limit_bytes": 0}, "cache_limit_bytes: found 0, expected a whole number of bytes, 1 or more"),
+        ({"cache_limit_bytes": 0}, "cache_limit_bytes: found 0, expected a whole number, 1 or more"),
         ({"cache_limit_bytes": -1}, "cache_limit_bytes: found -1, expected a whole"),
         ({"cache_limit_bytes": 1e9}, r"cache_limit_bytes: found 1000000000\.0, expected a whole"),
         ({"cache_limit_bytes": True}, "cache_limit_bytes: found True, expected a whole"),

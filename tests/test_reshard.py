@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -238,6 +240,17 @@ def test_a_damaged_dataset_and_an_existing_folder_are_refused(tmp_path: Path) ->
     with pytest.raises(FormatError, match=r"shard-00001\.tar"):
         reshard_dataset(data, 12, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_more_shards_are_joined_than_files_may_be_open(tmp_path: Path) -> None:
+    data = make_tiny_dataset(tmp_path / "data", ipc=20, shards=30)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 15, hard))
+    try:
+        reshard_dataset(data, 60, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert verify_dataset(tmp_path / "out") == []
 
 
 def test_groups_of_a_joined_shard_are_closed(tmp_path: Path) -> None:

@@ -222,6 +222,7 @@ HEADER_FAULTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda c: c.update(format="tar"), "format is 'tar', expected 'nrrdd-shard'"),
     (lambda c: c.update(version=[3, 0]), r"version is 3\.0, this reader knows 1\.x and 2\.x"),
     (lambda c: c.update(version=[0, 9]), r"version is 0\.9"),
+    (lambda c: c.update(version=[2, 0]), "states version 2, expected 1"),  # without further classes
     (lambda c: c.update(version="1.0"), "expected \\[major, minor\\]"),
     (lambda c: c.pop("version"), "version is None"),
     (lambda c: c.update(shard=-1), "shard is -1"),
@@ -476,6 +477,9 @@ def write(path: Path, **changes: Any) -> None:
         ({"epochs": 3}, "2 record blocks, expected 3"),
         ({"images": [*tiny_images(0, 6), EncodedImage(index=0, label=1, data=b"x")]}, "appears twice"),
         ({"images": [*tiny_images(0, 6), EncodedImage(index=6, label=1, data=b"")]}, "image 6: 0 bytes"),
+        ({"images": [*tiny_images(0, 6), EncodedImage(index=10**9, label=1, data=b"x")]}, "image 1000000000: expected"),
+        ({"images": [*tiny_images(0, 6), EncodedImage(index=6, label=10**7, data=b"x")]}, "class 10000000, expected 0"),
+        ({"images": [*tiny_images(0, 6), EncodedImage(index=6, label=-1, data=b"x")]}, "class -1, expected 0"),
         ({"images": [*tiny_images(0, 6), EncodedImage(index=6, label=1, data=bytes(2**24 + 1))]}, "image 6"),
     ],
 )

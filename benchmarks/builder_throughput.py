@@ -42,7 +42,7 @@ from builders.refinement import Objective, refine_batch
 from builders.relabel import relabel_epoch
 from builders.teacher import load_teacher, load_weights_only
 from nrrdd_format.codebooks import MixTable, distance_levels, mix_codebook, view_codebook
-from nrrdd_format.errors import ConfigError
+from nrrdd_format.errors import ConfigError, counted
 from nrrdd_format.pairs import RecordLayout, draw_pairs
 from nrrdd_format.replay import normalize
 
@@ -256,7 +256,12 @@ def _teacher(options: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
         return model.to(device, memory_format=torch.channels_last), options.architecture  # type: ignore[call-overload]
     names = load_weights_only(options.teacher_checkpoint, "give a file by nrrdd teacher").get("class_names")
     if not isinstance(names, list) or len(names) < SOURCE_CLASSES:
-        raise ConfigError(f"--teacher-checkpoint: expected a file by nrrdd teacher of {SOURCE_CLASSES} classes or more")
+        found = (
+            f"a teacher of {counted(len(names), 'class', 'classes')}" if isinstance(names, list) else "no class names"
+        )
+        raise ConfigError(
+            f"--teacher-checkpoint: found {found}, expected a file by nrrdd teacher of {SOURCE_CLASSES} classes or more"
+        )
     teacher = load_teacher(
         None,
         options.teacher_checkpoint,

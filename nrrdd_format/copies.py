@@ -57,12 +57,12 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises OutputError where `out` exists already or cannot be made.
     """
     if out.exists() or out.is_symlink():
-        raise OutputError(f"{out}: exists already; move it away or choose another --out")
+        raise OutputError(f"{out}: exists already; move it away or choose another folder")
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise OutputError(f"{out}: cannot make the folder ({error.strerror}); choose another --out") from error
+        raise OutputError(f"{out}: cannot make the folder ({error.strerror}); choose another folder") from error
     try:
         yield partial
         _rename(partial, out)
@@ -74,4 +74,4 @@ def _rename(partial: Path, out: Path) -> None:
     try:
         partial.rename(out)
     except OSError as error:
-        raise OutputError(f"{out}: cannot take this name ({error.strerror}); choose another --out") from error
+        raise OutputError(f"{out}: cannot take this name ({error.strerror}); choose another folder") from error

@@ -34,6 +34,7 @@ from faulty_server import (
     truncate,
 )
 from make_dataset import batch_columns, make_tiny_dataset
+from tiny_dataset import tiny_manifest
 
 from loaders import DBRLoader, cache, order
 from loaders.cache import ShardCache
@@ -370,6 +371,14 @@ def test_options_that_cannot_work_are_refused(
 
 
 # The cache by itself.
+
+
+def test_a_dataset_without_shards_is_refused_under_a_limit_too(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    tiny_manifest().save(empty / "dataset.json")
+    with serving(empty) as server, pytest.raises(ConfigError, match="lists no shards"):
+        DBRLoader(server.url, 5, cache_dir=tmp_path / "cache", cache_limit_bytes=1000)
 
 
 def fetch_all(server: DatasetServer, root: Path, done: Any) -> None:

@@ -71,7 +71,11 @@ def is_built(job: Job) -> bool:
 
 
 def assemble(job: Job, teacher_top1: float | None) -> None:
-    """Writes the dataset folder and gives it its final name."""
+    """Writes the dataset folder and gives it its final name.
+
+    Raises:
+        OutputError: a file cannot be written, or the name has been taken meanwhile; what is written is kept.
+    """
     out = job.config.out
     partial = out.with_name(f"{out.name}.partial-{job.key}")
     make_folder(partial)
@@ -81,8 +85,19 @@ def assemble(job: Job, teacher_top1: float | None) -> None:
     job.ranks.meet()
     if job.ranks.is_first:
         _finish(job, partial, teacher_top1)
-        os.rename(partial, out)
+        _publish(partial, out)
     job.ranks.meet()
+
+
+def _publish(partial: Path, out: Path) -> None:
+    """Gives the whole dataset its final name."""
+    try:
+        os.rename(partial, out)
+    except OSError as error:
+        raise OutputError(
+            f"{out}: cannot take the dataset's folder ({error.strerror}), which is whole in {partial}; move away what "
+            f"is in the way, and the same command goes on"
+        ) from error
 
 
 def _write(job: Job, shard: int, folder: Path) -> ShardEntry:

@@ -342,6 +342,27 @@ class BuildConfig:
         return self.work_dir if self.work_dir is not None else self.out.with_name(self.out.name + ".work")
 
 
+def check_places(config: BuildConfig) -> None:
+    """Checks that no folder of the options gets in another's way.
+
+    Raises:
+        ConfigError: the stages' results would lie in the dataset's folder, or among the images.
+    """
+    work, out = config.work_path.resolve(), config.out.resolve()
+    if out in (work, *work.parents):
+        raise ConfigError(
+            f"--work-dir: found {config.work_path}, which is --out or lies in it, expected a folder outside of "
+            f"{config.out}, which takes its name only when the dataset is whole"
+        )
+    images = {"--data-dir": config.data_dir, "--test-dir": config.test_dir, "--from-images": config.from_images}
+    for option, place in images.items():
+        if isinstance(place, Path) and place.resolve() == work:
+            raise ConfigError(
+                f"--work-dir: found {config.work_path}, which is {option}, expected a folder of its own, away from "
+                f"the images"
+            )
+
+
 def plan_settings(config: BuildConfig, source: Source, given_codec: Codec | None = None) -> BuildSettings:
     """Fills the open options from the dataset's conventions and checks them against it.
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from builders.cam import ClassActivation
-from builders.config import BuildConfig, BuildSettings, plan_settings
+from builders.config import BuildConfig, BuildSettings, check_places, plan_settings
 from builders.conventions import Colour
 from builders.discovery import Eyes
 from builders.ensemble import common_normalisation, load_teachers
@@ -179,6 +179,7 @@ class Job:
 
 def prepare(config: BuildConfig, ranks: Ranks) -> Job:
     """Loads source and teacher, resolves the settings and names every stage's folder."""
+    check_places(config)
     inputs = _load_inputs(config, ranks)
     source, given = inputs.source, inputs.given
     if given is None:

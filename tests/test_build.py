@@ -17,8 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from builders import discovery
+from builders import discovery, pipeline
 from builders.cam import ClassActivation
+from builders.cli import main
 from builders.config import BuildConfig
 from builders.job import Job, prepare
 from builders.models import create_model
@@ -89,7 +90,7 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def _content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -392,6 +393,50 @@ def test_imagenet_without_data_says_in_one_line_what_is_missing(tmp_path: Path) 
 def test_impossible_options_are_named(source: Path, tmp_path: Path, change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _config(source, tmp_path / "out", **change)
+
+
+@pytest.mark.parametrize("dry", [False, True])
+@pytest.mark.parametrize(
+    ("work", "message"),
+    [
+        ("out", "which is --out or lies in it"),
+        ("out/work", "which is --out or lies in it"),
+        ("other/../out", "which is --out or lies in it"),
+        ("link", "which is --data-dir"),
+    ],
+)
+def test_a_work_folder_that_would_be_in_the_way_is_refused_before_any_work(
+    source: Path, tmp_path: Path, work: str, message: str, dry: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "link").symlink_to(source / "train")
+    before = _content(source)
+    options = [*_options(source, tmp_path / "out"), "--work-dir", str(tmp_path / work), *(["--plan"] if dry else [])]
+    assert main(options) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --work-dir: found ") and message in line
+    assert _content(source) == before and [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_a_work_folder_may_hold_the_output(source: Path, reference: Path, tmp_path: Path) -> None:
+    assert _content(build(_config(source, tmp_path / "out", work_dir=tmp_path))) == _content(reference)
+
+
+def test_a_name_that_was_taken_during_the_build_loses_nothing(
+    source: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def check_and_take(job: Job) -> bool:
+        (out / "thesis").mkdir(parents=True)
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "is_built", check_and_take)
+        with pytest.raises(OutputError, match=r"out: cannot take the dataset's folder .*out\.partial-.*move away"):
+            build(_config(source, out))
+    (out / "thesis").rmdir()
+    out.rmdir()
+    assert _content(build(_config(source, out))) == _content(reference)
 
 
 @pytest.mark.parametrize(("beta", "message"), [(3, "expected a square number"), (9, "do not tile an image of 16 px")])

@@ -64,7 +64,7 @@ class DiscoverySettings:
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area that a crop covers."""
     pool_factor: int = 3
-    """The pool of a class holds this many times the patches that are kept."""
+    """The pool of a class holds this many times the patches that are kept, or more where an image gives several."""
 
     @property
     def patches(self) -> int:

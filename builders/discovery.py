@@ -163,24 +163,25 @@ class Pool:
     """The patch pool of one class, of which only the patches that may still be kept are held.
 
     Attributes:
-        top: t, how many crops of each image are patches: as few as fill the pool.
+        top: t, how many crops of each image are patches: as few as fill the pool, which is larger where t > 1, since
+            every image gives as many.
     """
 
     def __init__(self, label: int, images: int, settings: DiscoverySettings, seed: int) -> None:
         self.top = min(settings.crops, math.ceil(settings.images_needed / images))
         self._settings = settings
-        self._size = min(settings.images_needed, images * self.top)
         self._offered = 0
         self._kept: list[tuple[float, int, Tensor]] = []  # rank, number in the pool, pixels; the best first
         self._places: NDArray[np.int64] | None = None
         if settings.confidence == "random":
-            self._places = np.argsort(draws.permutation(seed, "discovery-keep", label, count=self._size))
+            order = draws.permutation(seed, "discovery-keep", label, count=images * self.top)
+            self._places = np.argsort(order)
 
     def offer(self, patches: Tensor, confidence: NDArray[np.float32]) -> None:
         """Takes the next patches (P, 3, S, S) of the pool; `confidence` (P,) is the teacher's in each."""
-        numbers = range(self._offered, min(self._offered + len(patches), self._size))
-        self._offered += len(numbers)
-        ranked = [(self._rank(number, value), number) for number, value in zip(numbers, confidence, strict=False)]
+        numbers = range(self._offered, self._offered + len(patches))
+        self._offered += len(patches)
+        ranked = [(self._rank(number, value), number) for number, value in zip(numbers, confidence, strict=True)]
         full = len(self._kept) == self._settings.patches
         better = [at for at, rank in enumerate(ranked) if not full or rank < self._kept[-1][:2]]
         if better:

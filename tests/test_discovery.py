@@ -164,7 +164,7 @@ def _by_itself(
         cam = eyes.activation(eyes.see(pixels), torch.tensor([label]))[0]
         _, best = top_crops(cam, boxes, torch.tensor([top]), settings)
         pool.append(apply_views(pixels.expand(top, -1, -1, -1), best, torch.zeros(top, dtype=torch.bool)))
-    patches = torch.cat(pool)[: settings.images_needed]
+    patches = torch.cat(pool)
     with torch.no_grad():
         confidence = eyes.activation.model(eyes.see(patches)).softmax(1).amax(1).numpy()
     if settings.confidence == "random":
@@ -200,6 +200,26 @@ def test_a_pool_holds_what_may_be_kept_and_no_more() -> None:
         assert {patch.untyped_storage().nbytes() for _, _, patch in pool._kept} == {3 * 8 * 8}
     assert pool.kept().shape == (8, 3, 8, 8)
     assert (pool.kept() == 216).all()
+
+
+@pytest.mark.parametrize("images", [50, 60, 90])
+@pytest.mark.parametrize("confidence", ["lowest", "highest", "random"])
+def test_every_image_that_is_looked_at_may_be_kept(images: int, confidence: Confidence) -> None:
+    """60 patches make the pool: 50 images give two crops each, the last ones too, and of 90 the first 60 are taken."""
+    settings = replace(SETTINGS, ipc=20, confidence=confidence)
+    assert settings.images_needed == 60
+    taken = min(images, 60)
+    kept: set[int] = set()
+    for seed in range(20):
+        pool = Pool(0, taken, settings, seed)
+        assert pool.top == (2 if images < 60 else 1)
+        values = np.repeat(np.linspace(0.9, 0.1, taken, dtype=np.float32), pool.top)
+        values = values if confidence == "lowest" else 1 - values
+        for image in range(taken):
+            patches = torch.full((pool.top, 3, 4, 4), image, dtype=torch.uint8)
+            pool.offer(patches, values[image * pool.top : (image + 1) * pool.top])
+        kept.update(pool.kept()[:, 0, 0, 0].tolist())
+    assert taken - 1 in kept
 
 
 def test_equal_confidence_keeps_the_first() -> None:

@@ -43,12 +43,14 @@ class ClassActivation:
         pooling: `mean` where the logit is the map's mean plus bias, `flatten` where it is its sum plus bias.
 
     Raises:
-        TeacherError: the network has no such structure, or no BatchNorm, on which refinement rests.
+        TeacherError: the network has no such structure, or no BatchNorm, on which refinement rests, or is dead.
     """
 
-    def __init__(self, model: nn.Module, image_size: int) -> None:
+    def __init__(self, model: nn.Module, image_size: int, origin: str | None = None) -> None:
+        """`origin` is the file of the weights, for messages."""
         self.model, self.image_size = model.eval(), image_size
-        anatomy = _examine(model, image_size, type(model).__name__)
+        kind = type(model).__name__
+        anatomy = _examine(model, image_size, kind if origin is None else f"{origin}: {kind}")
         self.pooling: Pooling = anatomy.pooling
         self._features, self._head = anatomy.features, anatomy.head
 
@@ -135,6 +137,8 @@ def _examine(model: nn.Module, image_size: int, name: str) -> _Anatomy:
         raise _refusal(
             name, f"at {image_size} px its last feature map has a single place; resnet18-small shrinks images less"
         )
+    if not bool(features.output.any()):
+        raise _refusal(name, "its features are all zero whatever it is shown, so its training failed; train it anew")
     pooling = _pooling(features.output, last.input)
     if pooling is None:
         raise _refusal(name, "neither mean nor flattening of its last feature map gives the input of its linear layer")

@@ -196,12 +196,13 @@ def prepare(config: BuildConfig, ranks: Ranks) -> Job:
         class_names=source.class_names,
     )
     mean, std = common_normalisation(teacher, (source.mean, source.std))
+    origin = None if config.teacher_checkpoint is None else str(config.teacher_checkpoint)
     return Job(
         config=config,
         inputs=inputs,
         settings=settings,
         teacher=teacher,
-        activation=ClassActivation(teacher.first.model, source.size) if given is None else None,
+        activation=ClassActivation(teacher.first.model, source.size, origin) if given is None else None,
         mean=mean,
         std=std,
         device=device,

@@ -132,6 +132,16 @@ def test_another_pooling_is_refused() -> None:
         ClassActivation(model, 16)
 
 
+@pytest.mark.parametrize(("origin", "named"), [("teacher.pt", "^teacher.pt: ConvNet"), (None, "^ConvNet")])
+def test_a_dead_network_is_told_from_one_without_maps(origin: str | None, named: str) -> None:
+    model = settled("conv2-w8", 16)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.bias, -1e6)
+    with pytest.raises(TeacherError, match=f"{named} cannot be a teacher: its features are all zero .*training failed"):
+        ClassActivation(model, 16, origin)
+
+
 class _GlobalMaximum(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         return features.amax((2, 3))

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.command import add_columns, add_device, add_source, pick_device, run
 from benchmarks.dataset_verbs import add_dataset_verbs
 from benchmarks.exchange_verbs import add_exchange_verbs
 from benchmarks.verbs import Verb, add_dataset, add_verb
+from nrrdd_format.errors import OutputError
 
 EPILOG = """\
 a first round, with scikit-learn's digits (no download):
@@ -30,7 +34,7 @@ examples:
   nrrdd teacher --dataset cifar10 --data-dir data/cifar10 --architecture resnet18-small --out cifar10-teacher.pt
 architectures: conv3, conv4, conv5 (also with a width: conv3-w32), resnet18-small (also resnet18-small-w16),
 or any classification model of torchvision. OUT.json beside the checkpoint records the settings and the test top-1.
-Interrupted, the same command goes on after the last finished epoch.
+Interrupted, the same command goes on after the last finished epoch; finished, it changes nothing.
 """
 
 STUDENT_EPILOG = """\
@@ -84,6 +88,7 @@ def run_teacher(options: argparse.Namespace) -> int:
     from builders.image_sets import Columns
     from builders.sources import load_source
 
+    _require_writable(options.out)
     source = load_source(
         options.source,
         data_dir=options.data_dir,
@@ -118,6 +123,8 @@ def run_student(options: argparse.Namespace) -> int:
     from builders.image_sets import Columns
     from nrrdd_format.dataset import open_dataset
 
+    if options.log is not None:
+        _require_writable(options.log)
     manifest = open_dataset(options.path).manifest
     source = load_matching_source(
         manifest,
@@ -143,16 +150,35 @@ def run_student(options: argparse.Namespace) -> int:
     )
     result = train_student(options.path, source, config)
     record = asdict(result) | {"dataset_id": manifest.dataset_id}
-    if options.log is not None:
-        write_json(options.log, record)
     if options.json:
-        print(json.dumps(record, indent=2))
+        print(json.dumps(record, indent=2), flush=True)
     else:
         print(
             f"{result.settings['architecture']} on {options.labels} labels: "
-            f"top-1 {result.top1:.2%} of {result.test_images} test images"
+            f"top-1 {result.top1:.2%} of {result.test_images} test images",
+            flush=True,
         )
+    if options.log is not None:  # last: where it cannot be written, the result has been told
+        write_json(options.log, record)
     return 0
+
+
+def _require_writable(path: Path) -> None:
+    """Finds out before hours of work that a file cannot be written after them; makes its folder.
+
+    Raises:
+        OutputError: the folder cannot be made or written to, or `path` is a folder.
+    """
+    from benchmarks.results_io import make_folder
+
+    make_folder(path.parent)
+    if os.path.isdir(path):  # False, too, of names that no file can have
+        raise OutputError(f"{path}: found a folder, expected the name of a file to write")
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write ({error.strerror}); choose a writable place") from error
 
 
 def run_preview(options: argparse.Namespace) -> int:

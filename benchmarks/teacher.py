@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,10 @@ from builders.progress import Progress
 from builders.sources import Source
 from builders.teacher import save_checkpoint
 from builders.train_teacher import TrainedTeacher, train_teacher
+from nrrdd_format.errors import OutputError, shown
+
+WITHOUT_EFFECT = ("workers", "device")
+"""Settings that do not decide which teacher comes out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,29 +38,57 @@ class TeacherConfig:
 def train_and_save(source: Source, config: TeacherConfig, out: Path) -> dict[str, Any]:
     """Trains a teacher, writes it to `out` and its log to `<out>.json`; returns the log.
 
-    An interrupted training goes on from `<out>.state`, which is removed once the checkpoint is there.
+    An interrupted training goes on from `<out>.state`, which is removed once the checkpoint is there. Where that is
+    there already, trained with the same settings, nothing is done.
 
     Raises:
         ConfigError: an option that cannot work.
         DataError: too few training images.
         TeacherError: training diverged; nothing is written.
-        OutputError: a file cannot be written.
+        OutputError: a file cannot be written, or another teacher's checkpoint is there.
     """
     make_folder(out.parent)
     architecture = config.architecture or source.default_model
-    state = out.with_name(out.name + ".state")
-    trained = _train(source, config, architecture, state)
-    save_checkpoint(out, trained.model, architecture, source.class_names, (source.mean, source.std))
-    log = asdict(config) | {
+    settings = asdict(config) | {
         "architecture": architecture,
         "dataset": source.name,
-        "class_names": source.class_names,
+        "class_names": list(source.class_names),
         "image_size": source.size,
-        "test_top1": trained.top1,
-        "hardware": hardware(),
+        "train_fingerprint": source.train.fingerprint(),
     }
-    write_json(log_path(out), log)
+    state = out.with_name(out.name + ".state")
+    if out.exists():
+        log = _finished_log(out, settings)
+        print(f"{out}: trained already with these settings", file=sys.stderr)
+    else:
+        trained = _train(source, config, architecture, state)
+        log = settings | {"test_top1": trained.top1, "hardware": hardware()}
+        write_json(log_path(out), log)  # before the checkpoint, so that no checkpoint is without one
+        save_checkpoint(out, trained.model, architecture, source.class_names, (source.mean, source.std))
     state.unlink(missing_ok=True)
+    return log
+
+
+def _finished_log(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The log of the checkpoint at `out`, which these settings gave.
+
+    Raises:
+        OutputError: others did, or no log says which; datasets may have been labelled with it.
+    """
+    remedy = "choose another --out, or remove the file"
+    try:
+        log = json.loads(log_path(out).read_bytes())
+    except (OSError, ValueError):
+        log = None
+    if not isinstance(log, dict):
+        raise OutputError(f"{out}: is there already, and no {log_path(out).name} says how it was trained; {remedy}")
+    for name, wanted in settings.items():
+        # A log from before the images were noted says nothing of them.
+        if name not in WITHOUT_EFFECT and name in log and log[name] != wanted:
+            raise OutputError(
+                f"{out}: a teacher trained with other settings is there already ({name}: {shown(log[name])} there, "
+                f"{shown(wanted)} here); {remedy}"
+            )
     return log
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from make_dataset import make_tiny_dataset
 
-from benchmarks import accuracy, cli, demo
+from benchmarks import accuracy, cli, demo, student
 from benchmarks.command import run
 from benchmarks.grid import Cell, Grid, build_config, cell_path, dataset_path, student_config
 from benchmarks.results_io import command_line, markdown_table, provenance, provenance_text, write_json
 from benchmarks.spread import difference, interval, spread
+from benchmarks.student import StudentResult
 from benchmarks.teacher import TeacherConfig
 from builders import cli as build_cli
 from nrrdd_format.errors import ConfigError, OutputError
@@ -165,6 +166,71 @@ def test_a_teacher_and_a_student_of_digits(tmp_path: Path, capsys: pytest.Captur
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "log.json").read_text())
     assert printed["settings"]["labels"] == "soft" and printed["settings"]["batch_size"] == 10
+
+
+TEACHER = "teacher --dataset digits --architecture conv2-w8 --epochs 1 --out"
+
+
+def test_a_teacher_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    out = tmp_path / "t.pt"
+    assert cli.main([*TEACHER.split(), str(out)]) == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    assert cli.main([*TEACHER.split(), str(out), "--workers", "1"]) == 0
+    printed = capsys.readouterr()
+    assert "trained already" in printed.err and "test top-1" in printed.out
+    for more, other in (("--seed 1", "seed: 0 there, 1 here"), ("--classes 0 1", "class_names: ")):
+        assert cli.main([*TEACHER.split(), str(out), *more.split()]) == 2
+        error = _error(capsys)
+        assert other in error and "choose another --out, or remove the file" in error
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "t.pt.json").unlink()
+    assert cli.main([*TEACHER.split(), str(out)]) == 2
+    assert "no t.pt.json says how it was trained" in _error(capsys)
+    assert out.read_bytes() == before[out]
+
+
+def test_a_file_that_cannot_be_written_is_found_before_any_work(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither source is to be had, so any work would end in another error."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    long = "x" * 300
+    for name, message in (("file/x", "cannot make"), ("folder", "found a folder"), (long, "cannot write")):
+        for command in (["teacher", "--dataset", "cifar10", "--out"], ["student", str(dataset), "--log"]):
+            assert cli.main([*command, str(tmp_path / name)]) == 2
+            assert message in _error(capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_students_result_is_told_though_its_log_cannot_be_written(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = StudentResult(
+        settings={"architecture": "conv3"}, top1=0.5, test_images=8, loss=1.0, clipped_share=None, seconds=1.0
+    )
+
+    def train(*arguments: object) -> StudentResult:
+        (tmp_path / "log.json").mkdir()  # in the way since training began
+        return result
+
+    monkeypatch.setattr(student, "train_student", train)
+    monkeypatch.setattr(student, "load_matching_source", lambda *arguments, **options: None)
+    assert cli.main(["student", str(dataset), "--log", str(tmp_path / "log.json")]) == 2
+    printed = capsys.readouterr()
+    assert "top-1 50.00% of 8 test images" in printed.out and "log.json: cannot write" in printed.err
+
+
+@pytest.mark.parametrize("command", ["teacher --dataset x --out y", "student x", "inspect x", "merge x y --out z"])
+def test_an_unknown_option_is_answered_by_its_verb(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command.split(), "--no-such-option"])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"usage: nrrdd {command.split()[0]} ")
+    assert error.endswith("unrecognized arguments: --no-such-option\n")
 
 
 GRID = Grid(

@@ -73,13 +73,24 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    of_verb: type[argparse.ArgumentParser] = _VerbParser
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB", parser_class=of_verb)
     _add_teacher(add_verb(verbs, "teacher", run_teacher, "train a teacher on a source dataset", TEACHER_EPILOG))
     _add_student(add_verb(verbs, "student", run_student, "train a student and test it on real images", STUDENT_EPILOG))
     _add_preview(add_verb(verbs, "preview", run_preview, "draw a dataset's images and distances", PREVIEW_EPILOG))
     add_dataset_verbs(verbs)
     add_exchange_verbs(verbs)
     return parser
+
+
+class _VerbParser(argparse.ArgumentParser):
+    """The parser of one verb: what it does not know it refuses itself, with the verb's own usage."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
 
 def run_teacher(options: argparse.Namespace) -> int:

@@ -330,8 +330,10 @@ def _check_class_names(content: Mapping[str, Any], expected: Sequence[str], path
 def _load_weights(model: nn.Module, content: dict[str, Any], architecture: str, path: Path) -> None:
     """Loads a checkpoint's weights into `model`, after checking that names, shapes and values are sound."""
     weights = content.get("state_dict", content)
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise TeacherError(f"{path}: holds no state dict; {_SAVE_PLAIN}")
+    if not isinstance(weights, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()
+    ):
+        raise TeacherError(f"{path}: holds no state dict, which has tensors by name; {_SAVE_PLAIN}")
     expected = model.state_dict()
     _rename(weights)
     for name in [name for name in weights if name not in expected and _AUXILIARY.match(name)]:

@@ -223,7 +223,7 @@ def test_weights_that_are_not_finite_are_refused(checkpoint: Path, value: float)
         load(rewritten(checkpoint, state_dict=weights))
 
 
-@pytest.mark.parametrize("weights", [None, {}, {"classifier.weight": 3}, ["classifier.weight"]])
+@pytest.mark.parametrize("weights", [None, {}, {"classifier.weight": 3}, ["classifier.weight"], {0: torch.ones(1)}])
 def test_content_that_is_no_state_dict_is_refused(checkpoint: Path, weights: object) -> None:
     with pytest.raises(TeacherError, match=r"teacher\.pt: (holds no state dict|no conv2-w4)"):
         load(rewritten(checkpoint, state_dict=weights))

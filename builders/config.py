@@ -369,10 +369,12 @@ def plan_settings(config: BuildConfig, source: Source, given_codec: Codec | None
     `given_codec` is the codec that given images have, which a shard then keeps.
 
     Raises:
-        ConfigError: an option does not fit the dataset (β no square or no divisor of the side, too few images).
+        ConfigError: an option does not fit the dataset (β no square or no divisor of the side, too few images, or
+            classes).
     """
     beta = source.beta if config.beta is None else config.beta
     _check_beta(beta, source.size)
+    _check_others(config, len(source.class_names))
     if config.ipc * len(source.class_names) < 2:
         raise ConfigError(
             "--ipc: one image in all leaves nothing to pair; a dataset needs at least 2 images, so raise --ipc"
@@ -423,8 +425,8 @@ def plan_settings(config: BuildConfig, source: Source, given_codec: Codec | None
             block_epochs=max(1, min(config.epochs, BLOCK_PAIRS // shard_images)),
             views=config.views,
             mixes=config.mixes,
-            priors=min(config.priors, len(source.class_names) - 1) or None,
-            further=max(0, min(config.further, len(source.class_names) - 2)) or None,
+            priors=config.priors or None,
+            further=config.further or None,
         ),
     )
 
@@ -434,6 +436,14 @@ def _smallest_view(config: BuildConfig, beta: int) -> float:
     if config.view_scale is not None:
         return config.view_scale
     return 0.3 if beta == 1 else 1 / math.sqrt(beta)
+
+
+def _check_others(config: BuildConfig, classes: int) -> None:
+    """An image has all classes but its own beside it, a pair all but its two."""
+    for option, found, high in (("--priors", config.priors, classes - 1), ("--further", config.further, classes - 2)):
+        if found > max(0, high):
+            there = counted(classes, "class", "classes")
+            raise ConfigError(f"{option}: found {found}, expected at most {max(0, high)}: there are {there} in all")
 
 
 def _check_beta(beta: int, size: int) -> None:

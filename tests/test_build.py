@@ -439,6 +439,20 @@ def test_a_name_that_was_taken_during_the_build_loses_nothing(
     assert _content(build(_config(source, out))) == _content(reference)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"priors": 3}, "--priors: found 3, expected at most 2"),
+        ({"further": 2}, "--further: found 2, expected at most 1"),
+    ],
+)
+def test_more_other_classes_than_there_are_are_refused(
+    source: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(_config(source, tmp_path / "out", **change))
+
+
 @pytest.mark.parametrize(("beta", "message"), [(3, "expected a square number"), (9, "do not tile an image of 16 px")])
 def test_a_beta_that_does_not_tile_is_refused(source: Path, tmp_path: Path, beta: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -25,7 +26,7 @@ from builders.preview import (
 )
 from builders.refinement import step_mask
 from nrrdd_format.dataset import open_dataset
-from nrrdd_format.errors import OutputError
+from nrrdd_format.errors import OutputError, shown
 from nrrdd_format.manifest import (
     CODEC_EXTENSIONS,
     MANIFEST_NAME,
@@ -45,6 +46,8 @@ METHOD = "NRR-DD"
 LABELS_METHOD = "DBR of given images"
 """Names it where the images existed already."""
 ENTRY = "shard-{:05d}.json"
+SHOWN_DIFFERENCES = 3
+"""Differences from a dataset that is in the way that are named."""
 
 
 def is_built(job: Job) -> bool:
@@ -64,10 +67,37 @@ def is_built(job: Job) -> bool:
             f"{out}: holds {len(found.shards)} of this build's {len(job.shards)} shards (a part, or repaired without "
             f"bad ones); move it away, and the same command builds it anew"
         )
-    raise OutputError(
-        f"{out}: something else is there already (another dataset, or one built from other settings); "
-        f"move it away or choose another --out"
-    )
+    what = "no dataset" if found is None else _difference(found, job)
+    raise OutputError(f"{out}: something else is there already ({what}); move it away or choose another --out")
+
+
+def _difference(found: Manifest, job: Job) -> str:
+    """How a dataset differs from the one that the job would build, in words."""
+    there, here = (_facts(manifest) for manifest in (found, make_manifest(job, [], None)))
+    names = [name for name in here | there if there.get(name) != here.get(name)]
+    if not names:
+        return "a dataset built from other images"
+    shown_names = [
+        f"{name}: {_fact(there, name)} there, {_fact(here, name)} here" for name in names[:SHOWN_DIFFERENCES]
+    ]
+    more = len(names) - len(shown_names)
+    return "another dataset, " + "; ".join(shown_names) + (f"; and {more} more" if more else "")
+
+
+def _facts(manifest: Manifest) -> dict[str, Any]:
+    """What a manifest says that a user decides, each by its name: `refinement.iterations`."""
+    content = json.loads(json.dumps(manifest.to_json()))  # tuples become lists, as in a manifest that was read
+    dataset = content["dataset"]
+    facts: dict[str, Any] = {"dataset": dataset["name"], "size": content["images"]["size"]}
+    facts |= {name: dataset[name] for name in ("class_names", "source_license")}
+    facts |= {"teacher": content["teacher"]["sha256"]}
+    for name, value in content["method"].items():
+        facts |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+    return {name: value for name, value in facts.items() if name != "build_key"}
+
+
+def _fact(facts: dict[str, Any], name: str) -> str:
+    return shown(facts[name]) if name in facts else "nothing"
 
 
 def assemble(job: Job, teacher_top1: float | None) -> None:

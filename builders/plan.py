@@ -37,7 +37,7 @@ from builders.job import (
 from builders.pipeline import check_teacher, refuse_small_classes
 from builders.prefetch import reading_threads
 from builders.quantities import shown_duration, shown_size
-from builders.ranks import joined_ranks
+from builders.ranks import Ranks, joined_ranks
 from builders.workdir import Stage
 from nrrdd_format import tar
 from nrrdd_format.errors import NrrddError, counted
@@ -85,7 +85,7 @@ def plan(config: BuildConfig) -> bool:
     with joined_ranks() as ranks:
         job = prepare(config, ranks)
         check_manifest(job)
-        problems = _caught(lambda: is_built(job), lambda: check_teacher(job), lambda: _refuse_few(job))
+        problems = _caught(ranks, lambda: is_built(job), lambda: check_teacher(job), lambda: _refuse_few(job))
         if not problems and config.out.exists():
             ranks.say(f"{config.out}: already built from these settings; the same command would change nothing")
             return True
@@ -93,21 +93,22 @@ def plan(config: BuildConfig) -> bool:
         problems += _folder_problems(config) + _disk_problems(config, stages)
         if ranks.is_first:
             print(render(job, stages))
-            for problem in problems:
-                print(f"problem: {problem}", file=sys.stderr)
+            for problem in room:
+                ranks.say(f"problem: {problem}")
             print("the build could not start" if problems else "the build could start")
         ranks.meet()
     return not problems
 
 
-def _caught(*checks: Callable[[], object]) -> list[str]:
-    """The problems that the checks of a build find."""
+def _caught(ranks: Ranks, *checks: Callable[[], object]) -> list[str]:
+    """The problems that the checks of a build find; each is told at once, since measuring takes a while."""
     found = []
     for check in checks:
         try:
             check()
         except NrrddError as error:
             found.append(str(error))
+            ranks.say(f"problem: {error}")
     return found
 
 

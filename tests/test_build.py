@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -330,12 +331,24 @@ def test_output_of_something_else_in_the_way_is_left_alone(source: Path, referen
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("precious")
-    with pytest.raises(OutputError, match="something else is there"):
+    with pytest.raises(OutputError, match=r"something else is there already \(no dataset\)"):
         build(_config(source, other))
     assert (other / "thesis.txt").read_text() == "precious"
     before = _content(reference)
-    with pytest.raises(OutputError, match="something else is there"):
-        build(_config(source, reference, seed=1))
+    changed: list[tuple[dict[str, object], str]] = [
+        ({"seed": 1}, "seed: 0 there, 1 here"),
+        ({"iterations": 4, "beta": 4}, "discovery.beta: 1 there, 4 here; refinement.iterations: 3 there, 4 here"),
+        ({"records": "derived"}, "records.coding: 'explicit' there, 'derived' here"),
+        ({"source_license": "CC0-1.0"}, "source_license: None there, 'CC0-1.0' here"),
+    ]
+    for changes, difference in changed:
+        message = f"something else is there already (another dataset, {difference}"
+        with pytest.raises(OutputError, match=re.escape(message)):
+            build(_config(source, reference, **changes))
+    other_images = shutil.copytree(source, tmp_path / "source")
+    (other_images / "train" / "ape" / "00.png").unlink()
+    with pytest.raises(OutputError, match=r"\(a dataset built from other images\)"):
+        build(_config(other_images, reference))
     assert _content(reference) == before
 
 

@@ -168,6 +168,20 @@ def test_all_problems_are_found_at_once(source: Path, tmp_path: Path, capsys: py
         assert words in line
 
 
+def test_what_is_in_the_way_is_said_before_anything_is_measured(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(config(source, tmp_path / "out", epochs=1))
+
+    def measure(job: Job) -> list[StagePlan]:
+        assert "problem: " in capsys.readouterr().err
+        raise DataError("measured")
+
+    monkeypatch.setattr(planning, "plan_stages", measure)
+    with pytest.raises(DataError, match="measured"):
+        plan(config(source, tmp_path / "out", epochs=2))
+
+
 def test_a_folder_that_cannot_be_written_to(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -74,12 +74,12 @@ class DiscoverySettings:
     @property
     def images_needed(self) -> int:
         """Training images of a class that are looked at, at most."""
-        return self.pool_factor * self.patches if self.init == "cidd" else self.ipc
+        return {"cidd": self.pool_factor * self.patches, "real": self.ipc, "noise": 0}[self.init]
 
     @property
     def images_required(self) -> int:
         """Fewest usable images of a class with which the stage can run."""
-        return math.ceil(self.patches / self.crops) if self.init == "cidd" else self.ipc
+        return {"cidd": math.ceil(self.patches / self.crops), "real": self.ipc, "noise": 0}[self.init]
 
 
 @dataclass(frozen=True, kw_only=True)

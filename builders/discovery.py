@@ -32,7 +32,7 @@ from nrrdd_format import draws
 from nrrdd_format.replay import apply_views, normalize
 
 GROUP_IMAGES = 500
-"""Training images of a group of classes, at most, unless one class has more: what a stopped build may do again."""
+"""Images of a group of classes, at most, unless one class has more: what a stopped build may do again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,8 @@ class DiscoveredGroup:
 
 def class_groups(num_classes: int, settings: DiscoverySettings) -> list[range]:
     """The classes whose images share batches; the settings alone decide, so that every run forms the same batches."""
-    size = max(1, GROUP_IMAGES // settings.images_needed)
+    of_class = max(settings.images_needed, settings.ipc)  # noise looks at none, and makes as many
+    size = max(1, GROUP_IMAGES // of_class)
     return [range(first, min(first + size, num_classes)) for first in range(0, num_classes, size)]
 
 

@@ -64,13 +64,13 @@ def read_sample(images: ImageSet) -> tuple[NDArray[np.uint8], float]:
 
 
 def discovery_seconds(job: Job) -> float:
-    """Seconds for each training image that discovery looks at.
+    """Seconds for each image that discovery looks at: training images, or those it makes of noise.
 
     Raises:
         DataError: too few images of the first class are usable to try it.
     """
     settings, train = job.settings.discovery, job.source.train
-    ipc = min(settings.ipc, max(1, DISCOVERED // (settings.images_needed // settings.ipc)))
+    ipc = min(settings.ipc, max(1, DISCOVERED // max(1, settings.images_needed // settings.ipc)))
     small = replace(settings, ipc=ipc)
     members = np.flatnonzero(train.labels == 0)[: 2 * small.images_needed].tolist()
     usable = [index for index in members if len(read_usable(train, [index])[1])][: small.images_needed]
@@ -79,7 +79,7 @@ def discovery_seconds(job: Job) -> float:
         raise DataError(f"class {name}: {len(usable)} of the first {len(members)} training images are usable")
     threads = reading_threads(job.config.threads)
     seconds = _warm(lambda: list(discover_groups(train, [[0]], [usable], job.eyes, small, job.config.seed, threads)))
-    return seconds / len(usable)
+    return seconds / (len(usable) or small.ipc)
 
 
 def refinement_seconds(job: Job, images: NDArray[np.uint8]) -> float:

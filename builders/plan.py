@@ -90,7 +90,8 @@ def plan(config: BuildConfig) -> bool:
             ranks.say(f"{config.out}: already built from these settings; the same command would change nothing")
             return True
         stages = plan_stages(job)
-        problems += _folder_problems(config) + _disk_problems(config, stages)
+        room = _folder_problems(config) + _disk_problems(config, stages)
+        problems += room
         if ranks.is_first:
             print(render(job, stages))
             for problem in room:
@@ -131,6 +132,7 @@ def _making(job: Job, images: NDArray[np.uint8], read_seconds: float) -> list[St
     pixels, steps = 3 * job.source.size**2, job.settings.refinement.iterations
     threads = reading_threads(job.config.threads)
     looked_at = min(settings.images_needed, len(job.source.train) // len(classes))
+    discovered = looked_at or settings.ipc  # noise is made of no images
     return [
         _stage(
             job.scan,
@@ -145,7 +147,7 @@ def _making(job: Job, images: NDArray[np.uint8], read_seconds: float) -> list[St
             "discover",
             "class",
             map(CLASS_ARRAY.format, classes),
-            lambda: looked_at * measurements.discovery_seconds(job),
+            lambda: discovered * measurements.discovery_seconds(job),
             settings.ipc * pixels + ARRAY_HEADER,
         ),
         _stage(

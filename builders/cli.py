@@ -22,7 +22,7 @@ examples:
       ImageNet-1k with torchvision's pretrained ResNet-18 as teacher
   torchrun --nproc-per-node 8 -m builders --dataset imagenet --ipc 200 --data-dir /data/imagenet --out imagenet-ipc200
       the same on eight GPUs
-  build-distilled --dataset imagenet --from-images syn-data --images-method RDED --data-dir /data/imagenet \
+  build-distilled --dataset imagenet --from-images syn-data --images-method RDED --data-dir /data/imagenet \\
       --out imagenet-rded
       labels and stores images that were distilled before
 A build can be stopped at any moment: the same command goes on where it was.

@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from builders.cli import main, parse
+from builders import plan as planning
+from builders.cli import EPILOG, main, parse
 from builders.config import BuildConfig
 from builders.job import Job, prepare
 from builders.models import create_model
@@ -145,6 +146,18 @@ def test_given_images_are_only_labelled(source: Path, tmp_path: Path) -> None:
     sizes = [path.stat().st_size for path in (source / "train").rglob("*.png")]
     assert found["encode"].total * found["encode"].bytes == pytest.approx(sum(sizes), rel=0.1)
     assert main([*command.split(), "--plan"]) == 0
+
+
+def test_noise_needs_no_images(source: Path, tmp_path: Path) -> None:
+    """Ten images of each class are made, of which eight real ones are there."""
+    here = config(source, tmp_path / "out", init="noise", ipc=10, epochs=1, iterations=0)
+    assert stages(here)["discover"].seconds > 0
+    assert plan(here)
+    assert build(here) == tmp_path / "out"
+
+
+def test_examples_of_the_help_hold_no_runs_of_blanks() -> None:
+    assert not [line for line in EPILOG.splitlines() if "  " in line.strip()]
 
 
 # What would stop a build

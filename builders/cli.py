@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from builders import config as options
-from builders.config import BuildConfig, pair_teachers
+from builders.config import BuildConfig, check_effects, pair_teachers
 from nrrdd_format.errors import NrrddError
 from nrrdd_format.remote import place_of
 
@@ -70,7 +70,9 @@ def _parse(arguments: Sequence[str] | None) -> tuple[BuildConfig, bool]:
     first, *more = pair_teachers(values.pop("teacher") or (), values.pop("teacher_checkpoint") or ())
     values |= {"teacher": first.architecture, "teacher_checkpoint": first.checkpoint, "more_teachers": tuple(more)}
     dry = values.pop("plan")
-    return BuildConfig(**values), dry
+    config = BuildConfig(**values)
+    check_effects(config)
+    return config, dry
 
 
 def _name(given: Path) -> str:

@@ -182,11 +182,13 @@ def pair_teachers(architectures: Sequence[str], checkpoints: Sequence[Path]) -> 
     return tuple(TeacherChoice(architecture=a, checkpoint=c) for a, c in pairs) or (TeacherChoice(),)
 
 
-MAKING_OPTIONS = (
-    *("init", "confidence", "crop_score", "beta"),
-    *("iterations", "batch_size", "learning_rate", "schedule", "mask", "epsilon", "cam_every"),
+REFINING_OPTIONS = (
+    *("batch_size", "learning_rate", "schedule", "mask", "epsilon", "cam_every"),
     *("alpha_bn", "alpha_lr", "label_refinement", "label_refinement_views", "jitter", "precision", "compile"),
 )
+"""Options of refinement besides its steps, which no steps do not go by."""
+
+MAKING_OPTIONS = ("init", "confidence", "crop_score", "beta", "iterations", *REFINING_OPTIONS)
 """Options of discovery and refinement, which given images do not go through."""
 
 PATCH_OPTIONS = ("confidence", "crop_score")
@@ -361,6 +363,27 @@ def check_places(config: BuildConfig) -> None:
                 f"--work-dir: found {config.work_path}, which is {option}, expected a folder of its own, away from "
                 f"the images"
             )
+
+
+def check_effects(config: BuildConfig) -> None:
+    """Checks that no option of refinement is idle beside another; for commands, since a benchmark may vary either.
+
+    Raises:
+        ConfigError: an option is not at its default, and would have no effect.
+    """
+    idle = {
+        f"--iterations {config.iterations}": REFINING_OPTIONS if config.iterations == 0 else (),
+        f"--mask {config.mask}": ("epsilon", "cam_every") if config.mask == "all" else (),
+        f"--alpha-lr {config.alpha_lr:g}": (
+            ("label_refinement", "label_refinement_views") if config.alpha_lr == 0 else ()
+        ),
+    }
+    for reason, names in idle.items():
+        for name in names:
+            if getattr(config, name) != getattr(BuildConfig, name):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: found with {reason}, where it has no effect; leave one of them out"
+                )
 
 
 def plan_settings(config: BuildConfig, source: Source, given_codec: Codec | None = None) -> BuildSettings:

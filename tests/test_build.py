@@ -20,7 +20,7 @@ from PIL import Image
 
 from builders import discovery, pipeline
 from builders.cam import ClassActivation
-from builders.cli import main
+from builders.cli import main, parse
 from builders.config import BuildConfig
 from builders.job import Job, prepare
 from builders.models import create_model
@@ -464,6 +464,28 @@ def test_more_other_classes_than_there_are_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         build(_config(source, tmp_path / "out", **change))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--mask all --epsilon 0.3", "--epsilon: found with --mask all"),
+        ("--mask all --cam-every 5", "--cam-every: found with --mask all"),
+        ("--alpha-lr 0 --label-refinement pair", "--label-refinement: found with --alpha-lr 0"),
+        ("--alpha-lr 0 --no-label-refinement-views", "--label-refinement-views: found with --alpha-lr 0"),
+        ("--iterations 0 --learning-rate 0.1", "--learning-rate: found with --iterations 0"),
+        ("--iterations 0 --compile", "--compile: found with --iterations 0"),
+    ],
+)
+def test_options_that_others_make_idle_are_refused(
+    options: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--dataset", "digits", "--ipc", "1"]
+    assert main([*command, *options.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}, where it has no effect")
+    half = options.split(" --")[0]
+    assert parse([*command, *half.split()]).iterations in (0, 2000)
 
 
 @pytest.mark.parametrize(("beta", "message"), [(3, "expected a square number"), (9, "do not tile an image of 16 px")])

@@ -225,7 +225,7 @@ def test_another_size_is_another_build(made: Path, tmp_path: Path) -> None:
     sizes = config(tmp_path / "out", from_images=made / "syn", data_dir=made / "real", size=SIZE, **teacher)
     build(sizes)
     other = replace(sizes, size=SIZE // 2)
-    with pytest.raises(OutputError, match="other settings"):
+    with pytest.raises(OutputError, match="size: 16 there, 8 here"):
         build(other)
     out = build(replace(other, out=tmp_path / "small", work_dir=sizes.work_path))
     assert verify_dataset(out) == []

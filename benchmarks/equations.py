@@ -24,6 +24,7 @@ from benchmarks.grid import (
     Cell,
     Changes,
     Grid,
+    Origin,
     Table,
     cell_path,
     read_cells,
@@ -31,7 +32,15 @@ from benchmarks.grid import (
     run_grid,
     stored_epochs,
 )
-from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
+from benchmarks.results_io import (
+    circumstances_text,
+    make_folder,
+    markdown_table,
+    provenance,
+    provenance_text,
+    write_json,
+    write_text,
+)
 from benchmarks.spread import gaps, interval, spread
 from benchmarks.teacher import TeacherConfig
 from builders.config import PATCH_OPTIONS
@@ -162,7 +171,7 @@ def measure_equations(options: argparse.Namespace) -> int:
     )
     choices = choices_for(options.images) if options.choices is None else [CHOICES[name] for name in options.choices]
     cells = all_cells(grid, choices)
-    table = read_cells(grid, cells) if options.collect else run_grid(grid, source, cells)
+    table = read_cells(grid, cells, Origin.of(source)) if options.collect else run_grid(grid, source, cells)
     if not any(cell in table for cell in grid.cells()):
         raise ConfigError(f"--collect: {grid.out} holds no student of the base; run without --collect first")
     rows = [row for choice in choices for row in compare(grid, table, choice)]
@@ -239,7 +248,8 @@ def report(grid: Grid, table: Table, rows: Sequence[Row]) -> str:
         ]
         for row in rows
     ]
-    return f"{intro}\n\n{markdown_table(['choice', 'value', 'top-1 %', 'against the base', 'seeds'], lines)}"
+    made = circumstances_text([result.made for result in table.values()])
+    return f"{intro}\n\n{made}\n\n{markdown_table(['choice', 'value', 'top-1 %', 'against the base', 'seeds'], lines)}"
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:

@@ -19,7 +19,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.command import add_device, add_source, pick_device, run
-from benchmarks.grid import IMAGES, LABELS, Cell, Grid, Origin, Table, read_cells, run_grid, stored_epochs
+from benchmarks.grid import (
+    IMAGES,
+    LABELS,
+    Cell,
+    Grid,
+    Origin,
+    Table,
+    read_cells,
+    require_teacher,
+    run_grid,
+    stored_epochs,
+)
 from benchmarks.results_io import (
     circumstances_text,
     make_folder,
@@ -110,6 +121,8 @@ def measure_accuracy(options: argparse.Namespace) -> int:
     """Runs the grid, prints the report and writes it; returns the exit status."""
     source = load_source(options.source, data_dir=options.data_dir, test_dir=options.test_dir)
     grid = make_grid(options, source)
+    if options.collect:
+        require_teacher(grid.teacher_checkpoint)
     table = read_cells(grid, grid.cells(), Origin.of(source)) if options.collect else run_grid(grid, source)
     if not table:
         raise ConfigError(f"--collect: {grid.out} holds no cell of this grid; run it without --collect first")

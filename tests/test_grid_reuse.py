@@ -157,3 +157,10 @@ def test_students_and_datasets_of_other_images_are_refused(tmp_path: Path, capsy
     (dataset,) = (tmp_path / "out" / "datasets").iterdir()
     assert f"error: {dataset}: made with training images" in capsys.readouterr().err
     assert len(list((tmp_path / "out" / "cells").iterdir())) == 2
+
+
+def test_collecting_without_a_teacher_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    assert accuracy.main(["--dataset", "digits", "--out", str(tmp_path / "out"), "--collect"]) == 2
+    error = capsys.readouterr().err
+    assert f"--teacher-checkpoint: found no file {tmp_path / 'out' / 'teacher.pt'}" in error and error.count("\n") == 1

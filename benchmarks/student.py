@@ -26,7 +26,7 @@ from builders.image_sets import PLAIN, Columns, Place
 from builders.models import create_model
 from builders.progress import Progress
 from builders.sources import OPEN_SIZES, Source, load_source
-from builders.teacher import Teacher, measure_top1
+from builders.teacher import Teacher, predict
 from loaders import CompactLoss, CompletedDBRLoss, DBRBatch, DBRLoader, DBRLoss, OneHotLoss, SoftLoss
 from nrrdd_format import draws
 from nrrdd_format.dataset import open_dataset
@@ -83,7 +83,7 @@ class StudentResult:
 
     Attributes:
         top1: share of the test images classified correctly after the last epoch.
-        test_images: how many there were.
+        test_images: how many there were; unusable ones are not counted.
         loss: mean training loss of the last epoch.
         clipped_share: share of the last epoch's pairs whose cross-entropy the DBR loss clipped; None for other labels.
         seconds: wall time of the training, without the test.
@@ -139,10 +139,11 @@ def train_student(
         started = time.perf_counter()
         means = _train(model, wrap(loader), terms, config)
         seconds = time.perf_counter() - started
-        top1 = measure_top1(model, source.test, manifest.images.mean, manifest.images.std, device=config.device)
+        mean, std = manifest.images.mean, manifest.images.std
+        known, predicted = predict(model, source.test, mean, std, device=config.device)
     return StudentResult(
-        top1=top1,
-        test_images=len(source.test),
+        top1=float((known == predicted).mean()),
+        test_images=len(known),
         loss=means["loss"],
         clipped_share=means.get("clipped_share"),
         seconds=seconds,

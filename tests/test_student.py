@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -149,13 +150,21 @@ def test_the_last_epochs_student_is_tested_and_only_it(
 ) -> None:
     calls = []
 
-    def measure(*arguments: object, **options: object) -> float:
+    def predict(*arguments: object, **options: object) -> tuple[np.ndarray, np.ndarray]:
         calls.append(arguments[1])
-        return 0.25
+        return np.array([0, 1, 2, 0]), np.array([0, 2, 1, 1])
 
-    monkeypatch.setattr("benchmarks.student.measure_top1", measure)
+    monkeypatch.setattr("benchmarks.student.predict", predict)
     assert train_student(folder / "data", source, replace(TINY, epochs=3)).top1 == 0.25
     assert calls == [source.test]
+
+
+def test_test_images_that_are_unusable_are_not_counted(folder: Path, source: Source, tmp_path: Path) -> None:
+    shutil.copytree(folder / "real", tmp_path / "real")
+    (tmp_path / "real" / "test" / "class 0" / "1.png").write_bytes(b"no image")
+    manifest = open_dataset(folder / "data").manifest
+    damaged = load_matching_source(manifest, name="imagefolder", data_dir=tmp_path / "real", test_dir=None)
+    assert train_student(folder / "data", damaged, TINY).test_images == 11
 
 
 def test_another_teacher_is_refused_with_both_hashes(folder: Path, source: Source) -> None:

@@ -194,7 +194,7 @@ def _train(
             labels=kind.labels,
             architecture=options.student,
             epochs=options.epochs,
-            teacher_checkpoint=options.teacher_checkpoint,
+            teacher_checkpoint=options.teacher_checkpoint if StudentConfig.needs_teacher(kind.labels) else None,
             seed=dataset.manifest.records.seed,
             device=pick_device(options.device),
         )

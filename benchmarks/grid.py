@@ -418,7 +418,7 @@ def student_config(grid: Grid, cell: Cell) -> StudentConfig:
         soft_temperature=kind.soft_temperature,
         architecture=grid.student,
         epochs=grid.epochs,
-        teacher_checkpoint=grid.teacher_checkpoint,
+        teacher_checkpoint=grid.teacher_checkpoint if StudentConfig.needs_teacher(kind.labels) else None,
         seed=cell.seed,
         device=grid.device,
     )

@@ -46,6 +46,12 @@ IMAGENET_CLASSES = 1000
 BatchTerms = Callable[[Tensor, DBRBatch], dict[str, Tensor]]
 """From the student's logits (B, K) and the batch to scalars: `loss`, and what else is worth reporting."""
 
+LABELS_OF_OPTION: dict[str, tuple[Labels, ...]] = {
+    **dict.fromkeys(("radius", "sce", "distance"), ("dbr",)),
+    **dict.fromkeys(("soft_temperature", "teacher_checkpoint"), ("soft", "soft-top5")),
+}
+"""Options that only some kinds of labels have a use for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
@@ -75,6 +81,17 @@ class StudentConfig:
         _positive("--soft-temperature", self.soft_temperature)
         if self.batch_size is not None:
             _positive("--batch-size", self.batch_size)
+        for name, labels in LABELS_OF_OPTION.items():
+            if self.labels not in labels and getattr(self, name) != getattr(StudentConfig, name):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: found with --labels {self.labels}, expected with "
+                    f"{' or '.join(labels)} only; leave the option out"
+                )
+
+    @staticmethod
+    def needs_teacher(labels: Labels) -> bool:
+        """Whether students on such labels ask the teacher while they train."""
+        return labels in LABELS_OF_OPTION["teacher_checkpoint"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,7 +101,7 @@ def _points(cells: Sequence[Cell], manifest: Manifest, sizes: Sizes) -> Iterator
         ("one-hot", "one-hot: the image's name", 0.0),
         *(("compact", f"compact, {coding}", size) for coding, size in sizes.coded.items()),
         *(("dbr", f"DBR, {coding}", size) for coding, size in sizes.coded.items()),
-        *((name, _completed_name(kind), None) for name, kind in LABELS.items() if kind.completes),
+        *((name, _completed_name(kind.within(classes)), None) for name, kind in LABELS.items() if kind.completes),
         ("soft", "soft labels, fp16", sizes.soft_labels),
     ]
     for labels, name, size in stored:

@@ -75,12 +75,19 @@ class LabelKind:
     labels: Labels
     soft_temperature: float = 1.0
     priors: int | None = None
+    """Classes in each image's prior, at most."""
     further: int | None = None
+    """Further classes of each pair, at most."""
 
     @property
     def completes(self) -> bool:
         """Whether the labels need more than a plain dataset."""
         return self.priors is not None or self.further is not None
+
+    def within(self, classes: int) -> LabelKind:
+        """The same for a dataset of so many classes: no more than there are besides an image's or a pair's own."""
+        priors, further = min(self.priors or 0, classes - 1), min(self.further or 0, classes - 2)
+        return replace(self, priors=priors or None, further=max(0, further) or None)
 
 
 LABELS = {
@@ -347,9 +354,11 @@ def _refined_in(manifest: Manifest) -> str | None:
 
 def labelled_dataset(grid: Grid, cell: Cell, origin: Origin) -> Path:
     """The same as the cell's student sees it: completed where its labels are. Raises as `built_dataset`."""
-    built, labelled, kind = built_dataset(grid, cell, origin), labelled_path(grid, cell), LABELS[cell.labels]
+    built, labelled = built_dataset(grid, cell, origin), labelled_path(grid, cell)
     if not labelled.is_dir():
-        teacher = load_dataset_teacher(Manifest.load(built / MANIFEST_NAME), grid.teacher_checkpoint, grid.device)
+        manifest = Manifest.load(built / MANIFEST_NAME)
+        kind = LABELS[cell.labels].within(len(manifest.dataset.class_names))
+        teacher = load_dataset_teacher(manifest, grid.teacher_checkpoint, grid.device)
         complete(built, teacher, priors=kind.priors, further=kind.further, out=labelled, device=grid.device)
     return labelled
 

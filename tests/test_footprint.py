@@ -312,7 +312,7 @@ def test_top1_joins_the_bytes_of_the_images_it_was_measured_on(tmp_path: Path, m
         ("one-hot: the image's name", [25, 75]),
         ("DBR, explicit", [25, 75]),
         ("DBR, derived", [25, 75]),
-        ("DBR, with 9 priors and 1 further class", [50, 50]),
+        ("DBR, with 2 priors and 1 further class", [50, 50]),
     ]
     assert points[3]["bytes"] == 2000
     assert points[0]["bytes"] == 0 and points[1]["bytes"] == measure(open_dataset(path)).labels

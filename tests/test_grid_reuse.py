@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import accuracy
-from benchmarks.grid import Cell, Grid, Origin, Result, cell_path, precision, read_cells
+from benchmarks.grid import LABELS, Cell, Grid, Origin, Result, cell_path, precision, read_cells
 from benchmarks.results_io import circumstances, circumstances_text, write_json
 from benchmarks.teacher import TeacherConfig
 from nrrdd_format.errors import ConfigError
@@ -153,10 +153,21 @@ def test_students_and_datasets_of_other_images_are_refused(tmp_path: Path, capsy
         assert status(train, test, "one-hot", collect=collect) == 2
         assert f"error: {cell}: made with test images" in capsys.readouterr().err
     assert status(train, test, "compact") == 0  # the dataset is the same, the student is another
+    assert status(train, test, "dbr-further3") == 0  # of three classes: two in a prior, one further
     assert status(test, held_out, "dbr") == 2
-    (dataset,) = (tmp_path / "out" / "datasets").iterdir()
+    dataset = min((tmp_path / "out" / "datasets").iterdir())
     assert f"error: {dataset}: made with training images" in capsys.readouterr().err
-    assert len(list((tmp_path / "out" / "cells").iterdir())) == 2
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 3
+
+
+def test_labels_are_completed_by_no_more_classes_than_there_are() -> None:
+    kind = LABELS["dbr-further3"]
+    assert [(kind.within(n).priors, kind.within(n).further) for n in (100, 10, 4, 2)] == [
+        (9, 3),
+        (9, 3),
+        (3, 2),
+        (1, None),
+    ]
 
 
 def test_collecting_without_a_teacher_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from benchmarks import accuracy
-from benchmarks.grid import LABELS, Cell, Grid, Origin, Result, cell_path, precision, read_cells
+from benchmarks.grid import LABELS, Cell, Grid, Origin, Result, cell_path, precision, read_cells, run_grid
 from benchmarks.results_io import circumstances, circumstances_text, write_json
 from benchmarks.teacher import TeacherConfig
+from builders.sources import load_source
 from nrrdd_format.errors import ConfigError
 
 ORIGIN = Origin(train="aaaa", test="bbbb")
@@ -175,3 +176,12 @@ def test_collecting_without_a_teacher_names_it(tmp_path: Path, capsys: pytest.Ca
     assert accuracy.main(["--dataset", "digits", "--out", str(tmp_path / "out"), "--collect"]) == 2
     error = capsys.readouterr().err
     assert f"--teacher-checkpoint: found no file {tmp_path / 'out' / 'teacher.pt'}" in error and error.count("\n") == 1
+
+
+def test_no_student_is_trained_beside_those_of_another_precision(grid: Grid) -> None:
+    pytest.importorskip("sklearn")
+    first, second = grid.cells()
+    path = _write(grid, first, precision="bf16")
+    with pytest.raises(ConfigError, match="precision bf16, asked for fp32") as caught:
+        run_grid(grid, load_source("digits", data_dir=None))
+    assert str(path) in str(caught.value) and not cell_path(grid, second).exists()

@@ -19,8 +19,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.command import add_device, add_source, pick_device, run
-from benchmarks.grid import IMAGES, LABELS, Cell, Grid, Table, read_cells, run_grid, stored_epochs
-from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
+from benchmarks.grid import (
+    IMAGES,
+    LABELS,
+    Cell,
+    Grid,
+    Origin,
+    Table,
+    read_cells,
+    require_teacher,
+    run_grid,
+    stored_epochs,
+)
+from benchmarks.results_io import (
+    circumstances_text,
+    make_folder,
+    markdown_table,
+    provenance,
+    provenance_text,
+    write_json,
+    write_text,
+)
 from benchmarks.spread import interval, spread
 from benchmarks.teacher import TeacherConfig
 from builders.sources import Source, load_source
@@ -102,7 +121,9 @@ def measure_accuracy(options: argparse.Namespace) -> int:
     """Runs the grid, prints the report and writes it; returns the exit status."""
     source = load_source(options.source, data_dir=options.data_dir, test_dir=options.test_dir)
     grid = make_grid(options, source)
-    table = read_cells(grid, grid.cells()) if options.collect else run_grid(grid, source)
+    if options.collect:
+        require_teacher(grid.teacher_checkpoint)
+    table = read_cells(grid, grid.cells(), Origin.of(source)) if options.collect else run_grid(grid, source)
     if not table:
         raise ConfigError(f"--collect: {grid.out} holds no cell of this grid; run it without --collect first")
     text = report(grid, table)
@@ -145,6 +166,7 @@ def report(grid: Grid, table: Table) -> str:
             f"Teacher {teacher}; student {grid.student}; {grid.epochs} epochs of {stored_epochs(grid)} stored ones; "
             f"{grid.iterations} steps of refinement; {len(grid.seeds)} seeds. Top-1 in % on {first.test_images:,} real "
             f"test images after the last epoch, mean ± standard deviation over seeds.{_gaps(grid, table)}",
+            circumstances_text([result.made for result in table.values()]),
             accuracy_table(grid, table),
             *(_recovery_section(grid, table) if {"one-hot", "soft"} < set(grid.labels) else ()),
             "Differences between cells of the same seed, in points of top-1: mean and its 95 % interval over the seeds "

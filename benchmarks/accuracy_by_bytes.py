@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -23,7 +24,17 @@ from benchmarks.command import add_device, pick_device, run
 from benchmarks.completion import complete
 from benchmarks.footprint import epoch_pairs, fkd_bytes_per_pair, in_full_batches
 from benchmarks.logit_codes import FIT_PAIRS, CodedBatches, LogitCode, LowRank, ProductCode, coded_bytes, predictions
-from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
+from benchmarks.results_io import (
+    circumstances,
+    circumstances_text,
+    make_folder,
+    markdown_table,
+    provenance,
+    provenance_text,
+    refuse_other,
+    write_json,
+    write_text,
+)
 from benchmarks.spread import difference, spread
 from benchmarks.student import (
     Labels,
@@ -35,10 +46,14 @@ from benchmarks.student import (
 from builders.sources import Source
 from builders.teacher import Teacher
 from nrrdd_format.dataset import DistilledDataset, open_dataset
+from nrrdd_format.errors import ConfigError
 from nrrdd_format.files import atomic_write
+from nrrdd_format.manifest import Manifest
 
 MODULE = "benchmarks.accuracy_by_bytes"
 RESULTS = Path("benchmarks") / "results"
+DATASET, TESTED_ON = "the dataset of ID", "test images of fingerprint"
+"""What a message calls that which a student was made with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +72,25 @@ class Kind:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A student and the bytes of its labels."""
+    """A student and the bytes of its labels.
+
+    Attributes:
+        dataset: its folder's name.
+        dataset_id: see `Manifest.dataset_id`; of the dataset as given, not of a completed copy.
+        test_fingerprint: of the images it was tested on.
+        made: date, hardware and versions.
+
+    The last three are None in a file of before they were recorded.
+    """
 
     kind: str
     dataset: str
     seed: int
     bytes_per_pair: float
     top1: float
+    dataset_id: str | None = None
+    test_fingerprint: str | None = None
+    made: dict[str, Any] | None = None
 
 
 def kinds(further: Sequence[int], ranks: Sequence[int], parts: Sequence[int]) -> list[Kind]:
@@ -127,10 +154,16 @@ def measure(options: argparse.Namespace) -> int:
     """Trains the students that are missing, prints the report and writes it; returns the exit status."""
     first = open_dataset(options.datasets[0]).manifest
     source = load_matching_source(first, name=options.dataset, data_dir=options.data_dir, test_dir=options.test_dir)
-    rows = [row for path in options.datasets for row in _measure_dataset(options, path, source)]
+    _check_names(options.datasets)
+    _check_counts(options, len(first.dataset.class_names))
+    tested_on = None if source.test is None else source.test.fingerprint()
+    for path in options.datasets:  # all of them, before any student is trained
+        for kind in _kinds(options):
+            _finished(options, kind, path, tested_on)
+    rows = [row for path in options.datasets for row in _measure_dataset(options, path, source, tested_on)]
     seeds = sorted({row.seed for row in rows})
     names = [kind.name for kind in _kinds(options)]
-    text = table(rows, names)
+    text = f"{circumstances_text([row.made for row in rows])}\n\n{table(rows, names)}"
     print(f"\n{text}")
     facts = provenance(MODULE, seeds=seeds)
     stem = f"{facts['date']}-accuracy-by-bytes-{options.name or first.dataset.name}"
@@ -155,35 +188,99 @@ def _kinds(options: argparse.Namespace) -> list[Kind]:
     return kinds(options.further, options.ranks, options.parts)
 
 
-def _measure_dataset(options: argparse.Namespace, path: Path, source: Source) -> list[Measured]:
+def _check_names(datasets: Sequence[Path]) -> None:
+    """Raises ConfigError for two of one name, which students and copies are kept under."""
+    seen: dict[str, Path] = {}
+    for path in datasets:
+        other = seen.setdefault(path.name, path)
+        if other is not path:
+            raise ConfigError(f"DATASET: found {other} and {path}, expected folders of different names; rename one")
+
+
+def _check_counts(options: argparse.Namespace, classes: int) -> None:
+    """Raises ConfigError for an option that so many classes have no room for."""
+    asked = {
+        "--priors": ([options.priors], 1, classes - 1),
+        "--further": (options.further, 0, classes - 2),
+        "--ranks": (options.ranks, 1, classes),
+        "--parts": (options.parts, 1, classes),
+    }
+    for option, (values, low, high) in asked.items():
+        for value in values:
+            if not low <= value <= high:
+                raise ConfigError(f"{option}: found {value}, expected {low} to {high} for {classes} classes")
+
+
+def _measure_dataset(options: argparse.Namespace, path: Path, source: Source, tested_on: str | None) -> list[Measured]:
     """All kinds of labels on one dataset."""
     device = pick_device(options.device)
     manifest = open_dataset(path).manifest
     teacher = load_dataset_teacher(manifest, options.teacher_checkpoint, device)
     rows = []
     for kind in _kinds(options):
-        done = options.out / f"{path.name}-{_file_name(options, kind)}.json"
-        if not done.exists():
+        row = _finished(options, kind, path, tested_on)
+        if row is None:
             completed = _completed(options, kind, path, teacher, device)
-            write_json(done, asdict(_train(options, kind, completed, path.name, source, teacher)))
-        rows.append(Measured(**json.loads(done.read_text())))
+            trained = _train(options, kind, completed, path.name, source, teacher)
+            row = replace(trained, dataset_id=manifest.dataset_id, test_fingerprint=tested_on, made=circumstances())
+            write_json(_student_path(options, kind, path), asdict(row))
+        rows.append(row)
         print(f"{rows[-1].kind}: seed {rows[-1].seed}, top-1 {rows[-1].top1:.2f} %", flush=True)
     return rows
 
 
-def _file_name(options: argparse.Namespace, kind: Kind) -> str:
-    """Says all that a student depends on beside the dataset and its teacher."""
+def _finished(options: argparse.Namespace, kind: Kind, path: Path, tested_on: str | None) -> Measured | None:
+    """A student that is done; None: it is not. Raises ConfigError where it knew another dataset or test set."""
+    done = _student_path(options, kind, path)
+    if not done.exists():
+        return None
+    row = Measured(**json.loads(done.read_text()))
+    asked = {DATASET: open_dataset(path).manifest.dataset_id, TESTED_ON: tested_on}
+    refuse_other(done, {DATASET: row.dataset_id, TESTED_ON: row.test_fingerprint}, asked)
+    return row
+
+
+def _student_path(options: argparse.Namespace, kind: Kind, path: Path) -> Path:
+    """Where a student is kept: named by the dataset's folder and the options.
+
+    Which dataset and which test images those were is in the file.
+    """
     labels = kind.name.replace(", ", "-").replace(" ", "-") + (f"-{options.priors}" if kind.priors else "")
-    return f"{labels}-{options.student or 'default'}-{options.epochs}"
+    name = f"{path.name}-{labels}-{options.student or 'default'}-{options.epochs}.json"
+    return Path(options.out, name)
 
 
 def _completed(options: argparse.Namespace, kind: Kind, path: Path, teacher: Teacher, device: str) -> Path:
-    """The dataset with what completes this kind of labels: itself, or a copy that is made once."""
+    """The dataset with what completes this kind of labels: itself, or a copy that is made once.
+
+    Raises:
+        ConfigError: there is a copy of another dataset.
+    """
     priors, further = options.priors if kind.priors else None, kind.further or None
     if priors is None and further is None:
         return path
     copy: Path = options.out / f"{path.name}-priors{priors or 0}-further{kind.further}"
-    return copy if copy.exists() else complete(path, teacher, priors=priors, further=further, out=copy, device=device)
+    if not copy.exists():
+        return complete(path, teacher, priors=priors, further=further, out=copy, device=device)
+    if not _is_completed_from(copy, path):
+        raise ConfigError(f"{copy}: was completed from another dataset than {path}; choose another --out")
+    return copy
+
+
+def _is_completed_from(copy: Path, path: Path) -> bool:
+    """Whether a completed dataset has the images of the one at `path`, and its manifest but for what was added."""
+    with open_dataset(copy) as completed, open_dataset(path) as source:
+        if _bare(completed.manifest).dataset_id != _bare(source.manifest).dataset_id:
+            return False
+        if len(completed.shards) != len(source.shards):
+            return False
+        pairs = zip(completed.shards, source.shards, strict=True)
+        return all(list(new.encoded_images()) == list(old.encoded_images()) for new, old in pairs)
+
+
+def _bare(manifest: Manifest) -> Manifest:
+    """A manifest without what completing changes."""
+    return replace(manifest, records=replace(manifest.records, priors=None, further=None), shards=())
 
 
 def _train(
@@ -194,14 +291,16 @@ def _train(
             labels=kind.labels,
             architecture=options.student,
             epochs=options.epochs,
-            teacher_checkpoint=options.teacher_checkpoint,
+            teacher_checkpoint=options.teacher_checkpoint if StudentConfig.needs_teacher(kind.labels) else None,
             seed=dataset.manifest.records.seed,
             device=pick_device(options.device),
         )
         size = _stored_bytes(kind, dataset)
         if kind.rank or kind.parts:
             code, added = _fit_code(kind, dataset, teacher, config)
-            result = train_student(path, source, config, wrap=partial(CodedBatches, teacher=teacher, code=code))
+            temperature = dataset.manifest.records.temperature
+            wrap = partial(CodedBatches, teacher=teacher, code=code, temperature=temperature)
+            result = train_student(path, source, config, wrap=wrap)
             size += added
         else:
             result = train_student(path, source, config)

@@ -1,7 +1,8 @@
 """Bytes of labels beside the top-1 of students that learned from them, on the same images.
 
-Top-1 comes from a result of `benchmarks.accuracy`. A built dataset is found in it by name, images per class and kind of
-images; its bytes are measured, so every kind of label is a point of bytes and accuracy.
+Top-1 comes from a result of `benchmarks.accuracy`. A built dataset is found in it by name, images per class, kind of
+images, steps of refinement and teacher. Its bytes are measured, so every kind of label is a point of bytes and
+accuracy.
 """
 
 from __future__ import annotations
@@ -93,11 +94,14 @@ def points_of(cells: Sequence[Cell], measured: Sequence[tuple[Manifest, Sizes]])
 def _points(cells: Sequence[Cell], manifest: Manifest, sizes: Sizes) -> Iterator[Point]:
     key = {"dataset": manifest.dataset.name, "ipc": manifest.images.ipc, "images": built_kind(manifest)}
     here = [cell for cell in cells if all(cell[name] == value for name, value in key.items())]
+    build = _build_facts(manifest) if key["images"] else {}
+    here = [cell for cell in here if all(cell.get(name, value) == value for name, value in build.items())]
+    classes = len(manifest.dataset.class_names)
     stored = [
         ("one-hot", "one-hot: the image's name", 0.0),
         *(("compact", f"compact, {coding}", size) for coding, size in sizes.coded.items()),
         *(("dbr", f"DBR, {coding}", size) for coding, size in sizes.coded.items()),
-        *((name, _completed_name(kind), None) for name, kind in LABELS.items() if kind.completes),
+        *((name, _completed_name(kind.within(classes)), None) for name, kind in LABELS.items() if kind.completes),
         ("soft", "soft labels, fp16", sizes.soft_labels),
     ]
     for labels, name, size in stored:
@@ -106,6 +110,15 @@ def _points(cells: Sequence[Cell], manifest: Manifest, sizes: Sizes) -> Iterator
             known = mean(cell["bytes_labels"] for cell in of_kind) if size is None else size
             tops = tuple(100 * cell["top1"] for cell in of_kind)
             yield Point(images=title(manifest), labels=name, bytes=known, top1=tops)
+
+
+def _build_facts(manifest: Manifest) -> Cell:
+    """What else a cell says of the build its student learned from; older ones may lack it."""
+    return {
+        "iterations": manifest.method["refinement"]["iterations"],
+        "teacher": manifest.teacher.architecture,
+        "teacher_top1": manifest.teacher.top1,
+    }
 
 
 def _completed_name(kind: LabelKind) -> str:

@@ -24,6 +24,7 @@ from benchmarks.grid import (
     Cell,
     Changes,
     Grid,
+    Origin,
     Table,
     cell_path,
     read_cells,
@@ -31,7 +32,15 @@ from benchmarks.grid import (
     run_grid,
     stored_epochs,
 )
-from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
+from benchmarks.results_io import (
+    circumstances_text,
+    make_folder,
+    markdown_table,
+    provenance,
+    provenance_text,
+    write_json,
+    write_text,
+)
 from benchmarks.spread import gaps, interval, spread
 from benchmarks.teacher import TeacherConfig
 from builders.config import PATCH_OPTIONS
@@ -160,9 +169,13 @@ def measure_equations(options: argparse.Namespace) -> int:
         iterations=options.iterations,
         device=pick_device(options.device),
     )
-    choices = choices_for(options.images) if options.choices is None else [CHOICES[name] for name in options.choices]
+    choices = (
+        choices_for(options.images, options.labels)
+        if options.choices is None
+        else [CHOICES[name] for name in options.choices]
+    )
     cells = all_cells(grid, choices)
-    table = read_cells(grid, cells) if options.collect else run_grid(grid, source, cells)
+    table = read_cells(grid, cells, Origin.of(source)) if options.collect else run_grid(grid, source, cells)
     if not any(cell in table for cell in grid.cells()):
         raise ConfigError(f"--collect: {grid.out} holds no student of the base; run without --collect first")
     rows = [row for choice in choices for row in compare(grid, table, choice)]
@@ -172,10 +185,30 @@ def measure_equations(options: argparse.Namespace) -> int:
     return 0
 
 
-def choices_for(images: str) -> list[Choice]:
-    """The choices that matter for a kind of images: those among patches only where images are made of patches."""
-    patches = IMAGES[images].init == "cidd"
-    return [choice for choice in CHOICES.values() if patches or choice.option not in PATCH_OPTIONS]
+def choices_for(images: str, labels: str) -> list[Choice]:
+    """The choices that matter for images of one kind and students on labels of one kind."""
+    kind, learned = IMAGES[images], LABELS[labels].labels
+    left_out: set[str] = set()
+    if kind.init != "cidd":
+        left_out.update(PATCH_OPTIONS)
+    if not kind.refined:
+        left_out.update(REFINEMENT_OPTIONS)
+    if kind.mask == "all":
+        left_out.update(("epsilon", "cam_every"))  # thresholds and maps of a mask that is 1 everywhere
+    if not kind.label_refinement:
+        left_out.update(("label_refinement", "label_refinement_views"))
+    if learned != "dbr":
+        left_out.update(choice.option for choice in CHOICES.values() if choice.of == "student")
+    if learned not in ("dbr", "dbr-completed", "compact"):
+        left_out.add("temperature")  # of distances that such students do not see
+    return [choice for choice in CHOICES.values() if choice.option not in left_out]
+
+
+REFINEMENT_OPTIONS = (
+    *("mask", "epsilon", "cam_every", "alpha_bn", "alpha_lr", "label_refinement", "label_refinement_views"),
+    *("jitter", "iterations", "schedule"),
+)
+"""Options of refinement among the choices; more than no step of it would make images another kind."""
 
 
 def all_cells(grid: Grid, choices: Sequence[Choice]) -> list[Cell]:
@@ -239,7 +272,8 @@ def report(grid: Grid, table: Table, rows: Sequence[Row]) -> str:
         ]
         for row in rows
     ]
-    return f"{intro}\n\n{markdown_table(['choice', 'value', 'top-1 %', 'against the base', 'seeds'], lines)}"
+    made = circumstances_text([result.made for result in table.values()])
+    return f"{intro}\n\n{made}\n\n{markdown_table(['choice', 'value', 'top-1 %', 'against the base', 'seeds'], lines)}"
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:

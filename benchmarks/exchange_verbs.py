@@ -136,7 +136,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the dataset folder to write")
     parser.add_argument("--sampler-seed", type=int, metavar="N", help="of the store's order of images (42, as SRe2L's)")
     parser.add_argument("--epochs", type=int, metavar="N", help="take only the first N epochs")
-    parser.add_argument("--min-agreement", type=float, metavar="X", help="accept epochs from this agreement on, 0 to 1")
+    parser.add_argument("--min-agreement", type=float, metavar="X", help="accept pairs from this agreement on, 0 to 1")
     parser.add_argument("--distance-levels", type=int, metavar="N", help="size of the codebook of distances")
     group = parser.add_argument_group("facts for the manifest")
     group.add_argument("--dataset-name", metavar="NAME", help="the source dataset (imagefolder)")

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.completion import complete
 from benchmarks.footprint import Footprint, measure, soft_label_bytes
-from benchmarks.results_io import write_json
+from benchmarks.results_io import circumstances, refuse_other, write_json
 from benchmarks.student import Labels, StudentConfig, load_dataset_teacher, train_student
 from benchmarks.teacher import TeacherConfig, summary, train_and_save
 from builders.config import PATCH_OPTIONS, BuildConfig, Confidence, Init, Mask
@@ -75,12 +75,19 @@ class LabelKind:
     labels: Labels
     soft_temperature: float = 1.0
     priors: int | None = None
+    """Classes in each image's prior, at most."""
     further: int | None = None
+    """Further classes of each pair, at most."""
 
     @property
     def completes(self) -> bool:
         """Whether the labels need more than a plain dataset."""
         return self.priors is not None or self.further is not None
+
+    def within(self, classes: int) -> LabelKind:
+        """The same for a dataset of so many classes: no more than there are besides an image's or a pair's own."""
+        priors, further = min(self.priors or 0, classes - 1), min(self.further or 0, classes - 2)
+        return replace(self, priors=priors or None, further=max(0, further) or None)
 
 
 LABELS = {
@@ -163,6 +170,11 @@ class Result:
             fp16 soft labels, or of five a pair, for the others.
         bytes_soft_labels: what soft labels of the same pairs take, measured on files.
         clipped_share: see `StudentResult`.
+        train_fingerprint, test_fingerprint: of the images it comes from and was tested on (`ImageSet.fingerprint`).
+        precision: that its images were refined in; None where they are not refined.
+        made: date, hardware and versions.
+
+    The last four are None in a file of before they were recorded.
     """
 
     dataset: str
@@ -185,50 +197,95 @@ class Result:
     bytes_soft_labels: float
     clipped_share: float | None
     seconds: float
+    train_fingerprint: str | None = None
+    test_fingerprint: str | None = None
+    precision: str | None = None
+    made: dict[str, Any] | None = None
 
 
 Table = dict[Cell, Result]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Fingerprints of the images that students come from and are tested on, which no file's name tells."""
+
+    train: str
+    test: str | None
+
+    @staticmethod
+    def of(source: Source) -> Origin:
+        """A source's."""
+        return Origin(train=source.train.fingerprint(), test=None if source.test is None else source.test.fingerprint())
 
 
 def run_grid(grid: Grid, source: Source, cells: Iterable[Cell] | None = None) -> Table:
     """Runs those of the cells (None: all of the grid's) that have no result yet, a line for each; returns them all.
 
     Raises:
-        ConfigError: a cell's options do not go together; no student is trained then.
+        ConfigError: a cell's options do not go together, or results or datasets that are there were made with other
+            images or in another precision; no student is trained then.
     """
     ensure_teacher(grid, source)
+    origin = Origin.of(source)
     wanted = list(grid.cells() if cells is None else cells)
     for cell in wanted:
         build_config(grid, cell)
-    table = read_cells(grid, wanted)
+    table = read_cells(grid, wanted, origin)
     missing = [cell for cell in wanted if cell not in table]
+    _refuse_mix(grid, table, (precision(grid, cell) for cell in missing))
+    for cell in missing:
+        _check_dataset(grid, cell, origin)
     started = time.perf_counter()
     for number, cell in enumerate(missing, start=1):
-        table[cell] = run_cell(grid, cell, source)
+        table[cell] = run_cell(grid, cell, source, origin)
         left = (time.perf_counter() - started) / number * (len(missing) - number)
         done = len(wanted) - len(missing) + number
         print(f"[{done}/{len(wanted)}] {cell}: top-1 {table[cell].top1:.2%}, {_about(left)} left", flush=True)
     return {cell: table[cell] for cell in wanted}
 
 
-def read_cells(grid: Grid, cells: Iterable[Cell]) -> Table:
-    """The results of those cells that have one, in the order given."""
-    paths = ((cell, cell_path(grid, cell)) for cell in cells)
-    return {cell: Result(**json.loads(path.read_text())) for cell, path in paths if path.is_file()}
+def read_cells(grid: Grid, cells: Iterable[Cell], origin: Origin) -> Table:
+    """The results of those cells that have one, in the order given.
+
+    Raises:
+        ConfigError: one comes from other images or was tested on others, or they differ in precision.
+    """
+    table: Table = {}
+    for cell in cells:
+        path = cell_path(grid, cell)
+        if path.is_file():
+            table[cell] = result = Result(**json.loads(path.read_text()))
+            made = {TRAINED_ON: result.train_fingerprint, TESTED_ON: result.test_fingerprint}
+            refuse_other(path, made, {TRAINED_ON: origin.train, TESTED_ON: origin.test})
+    _refuse_mix(grid, table, ())
+    return table
 
 
-def run_cell(grid: Grid, cell: Cell, source: Source) -> Result:
+TRAINED_ON, TESTED_ON = "training images of fingerprint", "test images of fingerprint"
+"""What a message calls an `Origin`."""
+
+
+def _refuse_mix(grid: Grid, table: Table, wanted: Iterable[str | None]) -> None:
+    """Raises ConfigError where results were refined in another precision than is wanted, or than each other."""
+    precisions = (*wanted, *(result.precision for result in table.values()))
+    expected = next((each for each in precisions if each is not None), None)
+    for cell, result in table.items():
+        refuse_other(cell_path(grid, cell), {"precision": result.precision}, {"precision": expected})
+
+
+def run_cell(grid: Grid, cell: Cell, source: Source, origin: Origin) -> Result:
     """Builds, trains and tests a cell; writes its result and returns it."""
-    dataset = labelled_dataset(grid, cell)
+    dataset = labelled_dataset(grid, cell, origin)
     student = train_student(dataset, source, student_config(grid, cell))
     with open_dataset(dataset) as opened:
-        footprint, teacher = measure(opened), opened.manifest.teacher
+        footprint, manifest = measure(opened), opened.manifest
         soft, top5 = soft_label_bytes(opened), soft_label_bytes(opened, "top5")
     result = Result(
         dataset=grid.dataset,
         ipc=cell.ipc,
-        teacher=teacher.architecture,
-        teacher_top1=teacher.top1,
+        teacher=manifest.teacher.architecture,
+        teacher_top1=manifest.teacher.top1,
         student=grid.student,
         images=cell.images,
         labels=cell.labels,
@@ -245,24 +302,63 @@ def run_cell(grid: Grid, cell: Cell, source: Source) -> Result:
         bytes_soft_labels=soft,
         clipped_share=student.clipped_share,
         seconds=student.seconds,
+        train_fingerprint=origin.train,
+        test_fingerprint=origin.test,
+        precision=_refined_in(manifest),
+        made=circumstances(),
     )
     write_json(cell_path(grid, cell), asdict(result))
     return result
 
 
-def built_dataset(grid: Grid, cell: Cell) -> Path:
-    """The dataset of the cell's images, built where it is missing; a folder under its name is whole."""
+def built_dataset(grid: Grid, cell: Cell, origin: Origin) -> Path:
+    """The dataset of the cell's images, built where it is missing; a folder under its name is whole.
+
+    Raises:
+        ConfigError: it is there, built from other images or in another precision.
+    """
     path = dataset_path(grid, cell)
-    if not path.is_dir():
+    if path.is_dir():
+        _check_dataset(grid, cell, origin)
+    else:
+        write_json(_origin_path(grid, cell), {"train_fingerprint": origin.train})
         build(build_config(grid, cell))
     return path
 
 
-def labelled_dataset(grid: Grid, cell: Cell) -> Path:
-    """The same as the cell's student sees it: completed where its labels are."""
-    built, labelled, kind = built_dataset(grid, cell), labelled_path(grid, cell), LABELS[cell.labels]
+def _check_dataset(grid: Grid, cell: Cell, origin: Origin) -> None:
+    """Raises ConfigError where the cell's dataset is there, built from other images or in another precision."""
+    path, noted = dataset_path(grid, cell), _origin_path(grid, cell)
+    if not path.is_dir():
+        return
+    train = json.loads(noted.read_text())["train_fingerprint"] if noted.is_file() else None
+    made = {TRAINED_ON: train, "precision": _refined_in(Manifest.load(path / MANIFEST_NAME))}
+    refuse_other(path, made, {TRAINED_ON: origin.train, "precision": precision(grid, cell)})
+
+
+def precision(grid: Grid, cell: Cell) -> str | None:
+    """What a build of the cell's images refines them in on the grid's device; None: it does not refine."""
+    config = build_config(grid, cell)
+    if not config.iterations:
+        return None
+    on_device = "bf16" if grid.device.startswith("cuda") else "fp32"
+    return on_device if config.precision == "auto" else config.precision
+
+
+def _refined_in(manifest: Manifest) -> str | None:
+    """What a built dataset was refined in; None: it was not, or that is not recorded."""
+    refinement = manifest.method["refinement"]
+    found: str | None = refinement.get("precision") if refinement["iterations"] else None
+    return found
+
+
+def labelled_dataset(grid: Grid, cell: Cell, origin: Origin) -> Path:
+    """The same as the cell's student sees it: completed where its labels are. Raises as `built_dataset`."""
+    built, labelled = built_dataset(grid, cell, origin), labelled_path(grid, cell)
     if not labelled.is_dir():
-        teacher = load_dataset_teacher(Manifest.load(built / MANIFEST_NAME), grid.teacher_checkpoint, grid.device)
+        manifest = Manifest.load(built / MANIFEST_NAME)
+        kind = LABELS[cell.labels].within(len(manifest.dataset.class_names))
+        teacher = load_dataset_teacher(manifest, grid.teacher_checkpoint, grid.device)
         complete(built, teacher, priors=kind.priors, further=kind.further, out=labelled, device=grid.device)
     return labelled
 
@@ -331,7 +427,7 @@ def student_config(grid: Grid, cell: Cell) -> StudentConfig:
         soft_temperature=kind.soft_temperature,
         architecture=grid.student,
         epochs=grid.epochs,
-        teacher_checkpoint=grid.teacher_checkpoint,
+        teacher_checkpoint=grid.teacher_checkpoint if StudentConfig.needs_teacher(kind.labels) else None,
         seed=cell.seed,
         device=grid.device,
     )
@@ -362,6 +458,11 @@ def dataset_path(grid: Grid, cell: Cell) -> Path:
     return grid.out / "datasets" / f"ipc{cell.ipc}-{cell.images}-seed{cell.seed}-{key}"
 
 
+def _origin_path(grid: Grid, cell: Cell) -> Path:
+    """Beside the datasets: what their manifests do not tell of where they come from."""
+    return grid.out / "origins" / f"{dataset_path(grid, cell).name}.json"
+
+
 def labelled_path(grid: Grid, cell: Cell) -> Path:
     """The folder of the dataset that the cell's student trains on."""
     built, kind = dataset_path(grid, cell), LABELS[cell.labels]
@@ -377,7 +478,8 @@ def cell_path(grid: Grid, cell: Cell) -> Path:
 
 
 PLACES = ("data_dir", "test_dir", "cache_dir", "out", "work_dir", "teacher_checkpoint", "device", "threads")
-"""Options that do not decide what comes out: where things lie and run. Of the teacher its bytes count."""
+"""Options that no name tells: where things lie and run. Of the teacher its bytes count; images and precision, which
+do decide what comes out, are noted in what was made and compared (`Origin`, `precision`)."""
 
 KEY_DIGITS = 10
 

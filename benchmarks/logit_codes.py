@@ -24,6 +24,7 @@ from builders.teacher import Teacher
 from loaders import DBRBatch, DBRLoader
 from loaders.batch import ClassDistances
 from nrrdd_format import draws
+from nrrdd_format.dataset import open_dataset
 
 LEVELS = 16
 """Of a component of the low-rank code."""
@@ -128,6 +129,8 @@ class CodedBatches:
     loader: DBRLoader
     teacher: Teacher
     code: LogitCode
+    temperature: float
+    """Of the stored distances (the manifest's)."""
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch that the next iteration goes through."""
@@ -136,7 +139,7 @@ class CodedBatches:
     def __iter__(self) -> Iterator[DBRBatch]:
         """The batches of that epoch."""
         for batch in self.loader:
-            decoded = self.code.decode(self.code.encode(predict(self.teacher, batch)))
+            decoded = self.code.decode(self.code.encode(predict(self.teacher, batch, self.temperature)))
             yield replace(batch, further=spread_rest(batch, decoded))
 
 
@@ -152,20 +155,21 @@ def spread_rest(batch: DBRBatch, log_p: Tensor) -> ClassDistances:
     return ClassDistances(classes=classes, distances=distances)
 
 
-def predict(teacher: Teacher, batch: DBRBatch) -> Tensor:
-    """The teacher's log p (B, K) of a batch's pairs."""
+def predict(teacher: Teacher, batch: DBRBatch, temperature: float) -> Tensor:
+    """The teacher's log p (B, K) of a batch's pairs, at the temperature that their distances have."""
     with torch.no_grad():
         logits: Tensor = teacher.model(batch.images)
-        return logits.log_softmax(1)
+        return (logits / temperature).log_softmax(1)
 
 
 def predictions(path: Path, teacher: Teacher, *, epochs: int, device: str) -> Tensor:
     """The teacher's log p (N, K) of all pairs of a dataset's first epochs."""
     loader = DBRLoader(path, 100, device=device)
+    temperature = open_dataset(path).manifest.records.temperature
     found = []
     for epoch in range(epochs):
         loader.set_epoch(epoch)
-        found += [predict(teacher, batch) for batch in loader]
+        found += [predict(teacher, batch, temperature) for batch in loader]
     return torch.cat(found)
 
 

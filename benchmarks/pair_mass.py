@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.command import add_device, add_source, pick_device, run
-from benchmarks.grid import IMAGES, Cell, Changes, Grid, built_dataset, labelled_dataset, require_teacher
+from benchmarks.grid import IMAGES, Cell, Changes, Grid, Origin, built_dataset, labelled_dataset, require_teacher
 from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
 from benchmarks.spread import spread
 from benchmarks.student import load_dataset_teacher
 from benchmarks.teacher import TeacherConfig
+from builders.sources import load_source
 from builders.teacher import Teacher
 from loaders import DBRBatch, DBRLoader, completed_labels
 from nrrdd_format.files import atomic_write
@@ -106,9 +107,11 @@ def make_parser() -> argparse.ArgumentParser:
 def measure(options: argparse.Namespace) -> int:
     """Builds and measures, prints the report and writes it; returns the exit status."""
     require_teacher(options.teacher_checkpoint)
+    source = load_source(options.source, data_dir=options.data_dir, test_dir=options.test_dir)
+    origin = Origin.of(source)
     rows = []
     for grid, cell in _cells(options):
-        rows.append(measure_dataset(grid, cell))
+        rows.append(measure_dataset(grid, cell, origin))
         print(f"{rows[-1].name}, seed {cell.seed}: p_i + p_j {rows[-1].pair_mass:.3f}", flush=True)
     text = table(rows)
     print(f"\n{text}\n\n{NOTES}")
@@ -156,15 +159,15 @@ def _grid(options: argparse.Namespace, iterations: int) -> Grid:
     )
 
 
-def measure_dataset(grid: Grid, cell: Cell) -> Measured:
+def measure_dataset(grid: Grid, cell: Cell, origin: Origin) -> Measured:
     """Asks the teacher of the cell's dataset about its pairs; what is missing is built first."""
-    path = built_dataset(grid, cell)
+    path = built_dataset(grid, cell, origin)
     manifest = Manifest.load(path / MANIFEST_NAME)
     teacher = load_dataset_teacher(manifest, grid.teacher_checkpoint, grid.device)
     masses = torch.cat([_masses(batch, p) for batch, p in _predictions(path, manifest, teacher, grid.device)]).mean(0)
     kl = {}
     for name, labels in COMPLETIONS.items():
-        labelled = labelled_dataset(grid, replace(cell, labels=labels))
+        labelled = labelled_dataset(grid, replace(cell, labels=labels), origin)
         pairs = [_distances(batch, p) for batch, p in _predictions(labelled, manifest, teacher, grid.device)]
         kl[name] = float(torch.cat(pairs).mean())
     refinement = manifest.method["refinement"]

@@ -8,12 +8,12 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from nrrdd_format.errors import OutputError
+from nrrdd_format.errors import ConfigError, OutputError
 from nrrdd_format.files import atomic_write
 
 PACKAGES = ("nrrdd", "torch", "torchvision", "numpy", "pillow", "simplejpeg", "zstandard")
@@ -26,13 +26,41 @@ def provenance(module: str, seeds: Sequence[int]) -> dict[str, Any]:
         module: the module that was started with `python -m`.
         seeds: every seed the run used.
     """
+    return circumstances() | {"command": command_line(module, sys.argv[1:]), "seeds": list(seeds)}
+
+
+def circumstances() -> dict[str, Any]:
+    """Date, hardware and versions of this process, as JSON values."""
     return {
         "date": datetime.date.today().isoformat(),
-        "command": command_line(module, sys.argv[1:]),
-        "seeds": list(seeds),
         "hardware": hardware(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
     }
+
+
+def refuse_other(path: Path, made: Mapping[str, str | None], asked: Mapping[str, str | None]) -> None:
+    """Refuses a file that was made with something else than is asked; None on either side: not known, not compared.
+
+    Args:
+        path: the file.
+        made: what it was made with.
+        asked: the same for what is to be made now; its names are those the message uses.
+
+    Raises:
+        ConfigError: naming the first difference.
+    """
+    for name, expected in asked.items():
+        found = made.get(name)
+        if None not in (found, expected) and found != expected:
+            raise ConfigError(
+                f"{path}: made with {name} {_short(found)}, asked for {_short(expected)}; "
+                "choose another --out, or give what it was made with"
+            )
+
+
+def _short(value: str | None) -> str:
+    """A digest's first digits; anything shorter as it is."""
+    return f"{value:.16}"
 
 
 def command_line(module: str, arguments: Sequence[str]) -> str:
@@ -104,11 +132,32 @@ def make_folder(path: Path) -> None:
 
 def provenance_text(facts: dict[str, Any]) -> str:
     """The provenance as a Markdown paragraph and the command as a code block."""
-    machine = facts["hardware"]
-    device = machine["gpu"] or f"{machine['cores']} cores of {machine['processor']}"
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     seeds = ", ".join(map(str, facts["seeds"]))
+    device = _device(facts["hardware"])
     return f"{facts['date']}, on {device}; {versions}; seeds {seeds}.\n\n```\n{facts['command']}\n```\n"
+
+
+def circumstances_text(of_students: Sequence[Mapping[str, Any] | None]) -> str:
+    """Over which dates, hardware and versions students range, one line; None: a student's are not known."""
+    known = [each for each in of_students if each is not None]
+    if not known:
+        return "When these students were trained, and with which versions, is not recorded."
+    dates = sorted({each["date"] for each in known})
+    days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    devices = " and ".join(sorted({_device(each["hardware"]) for each in known}))
+    numbers: dict[str, set[str]] = {}
+    for each in known:
+        for name, number in each["versions"].items():
+            numbers.setdefault(name, set()).add(number)
+    versions = ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in numbers.items())
+    unknown = len(of_students) - len(known)
+    rest = f"; not recorded for {unknown} older ones of {len(of_students)}" if unknown else ""
+    return f"Students trained {days}, on {devices}; {versions}{rest}."
+
+
+def _device(machine: Mapping[str, Any]) -> str:
+    return machine["gpu"] or f"{machine['cores']} cores of {machine['processor']}"
 
 
 def _table_line(cells: Sequence[str], widths: Sequence[int]) -> str:

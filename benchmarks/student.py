@@ -26,7 +26,7 @@ from builders.image_sets import PLAIN, Columns, Place
 from builders.models import create_model
 from builders.progress import Progress
 from builders.sources import OPEN_SIZES, Source, load_source
-from builders.teacher import Teacher, measure_top1
+from builders.teacher import Teacher, predict
 from loaders import CompactLoss, CompletedDBRLoss, DBRBatch, DBRLoader, DBRLoss, OneHotLoss, SoftLoss
 from nrrdd_format import draws
 from nrrdd_format.dataset import open_dataset
@@ -45,6 +45,12 @@ IMAGENET_CLASSES = 1000
 
 BatchTerms = Callable[[Tensor, DBRBatch], dict[str, Tensor]]
 """From the student's logits (B, K) and the batch to scalars: `loss`, and what else is worth reporting."""
+
+LABELS_OF_OPTION: dict[str, tuple[Labels, ...]] = {
+    **dict.fromkeys(("radius", "sce", "distance"), ("dbr",)),
+    **dict.fromkeys(("soft_temperature", "teacher_checkpoint"), ("soft", "soft-top5")),
+}
+"""Options that only some kinds of labels have a use for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +81,17 @@ class StudentConfig:
         _positive("--soft-temperature", self.soft_temperature)
         if self.batch_size is not None:
             _positive("--batch-size", self.batch_size)
+        for name, labels in LABELS_OF_OPTION.items():
+            if self.labels not in labels and getattr(self, name) != getattr(StudentConfig, name):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: found with --labels {self.labels}, expected with "
+                    f"{' or '.join(labels)} only; leave the option out"
+                )
+
+    @staticmethod
+    def needs_teacher(labels: Labels) -> bool:
+        """Whether students on such labels ask the teacher while they train."""
+        return labels in LABELS_OF_OPTION["teacher_checkpoint"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +100,7 @@ class StudentResult:
 
     Attributes:
         top1: share of the test images classified correctly after the last epoch.
-        test_images: how many there were.
+        test_images: how many there were; unusable ones are not counted.
         loss: mean training loss of the last epoch.
         clipped_share: share of the last epoch's pairs whose cross-entropy the DBR loss clipped; None for other labels.
         seconds: wall time of the training, without the test.
@@ -139,10 +156,11 @@ def train_student(
         started = time.perf_counter()
         means = _train(model, wrap(loader), terms, config)
         seconds = time.perf_counter() - started
-        top1 = measure_top1(model, source.test, manifest.images.mean, manifest.images.std, device=config.device)
+        mean, std = manifest.images.mean, manifest.images.std
+        known, predicted = predict(model, source.test, mean, std, device=config.device)
     return StudentResult(
-        top1=top1,
-        test_images=len(source.test),
+        top1=float((known == predicted).mean()),
+        test_images=len(known),
         loss=means["loss"],
         clipped_share=means.get("clipped_share"),
         seconds=seconds,

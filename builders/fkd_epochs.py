@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -36,7 +37,10 @@ from nrrdd_format.pairs import PairRecords
 LEAST_GAIN = 0.1
 """Share of the way from chance to 1 that the agreement of logits and labels must come, where nothing else is asked."""
 MOST_DOUBT = 0.01
-"""Highest `EpochReader.doubt` of a store that is taken, where nothing else is asked."""
+"""Highest `EpochReader.doubt` of a store that is taken, where nothing else is asked; also how probable it may be, at
+most, that an epoch of a sound store is refused."""
+LEAST_PAIRS = 500
+"""Pairs of an epoch that is judged as soon as it is read; smaller ones are when all others have been read."""
 _WHICH_IMAGES = "are these the images that the store was made from, and all of them?"
 
 
@@ -129,10 +133,23 @@ class EpochReader:
         self._temperature = temperature
         self._min_agreement = min_agreement
         self._kinds: set[MixKind] = set()
-        self.pairs = 0
-        self.agreed = 0
-        self.agreed_by_chance = 0.0
+        self._found: list[_Agreement] = []
         self.bytes = 0
+
+    @property
+    def pairs(self) -> int:
+        """See the class."""
+        return sum(each.pairs for each in self._found)
+
+    @property
+    def agreed(self) -> int:
+        """See the class."""
+        return sum(each.agreed for each in self._found)
+
+    @property
+    def agreed_by_chance(self) -> float:
+        """See the class."""
+        return sum(each.by_chance for each in self._found)
 
     @property
     def doubt(self) -> float:
@@ -162,6 +179,9 @@ class EpochReader:
         with Progress(self._source.epochs * self._source.batches, "import", "batch") as progress:
             for epoch in range(self._source.epochs):
                 yield self._epoch(epoch, next(orders), progress)
+        self._check_epochs()
+        whole = _Agreement(pairs=self.pairs, agreed=self.agreed, by_chance=self.agreed_by_chance)
+        self._check_least(whole, self._source.store)
         self._check_doubt()
 
     def _epoch(self, epoch: int, order: NDArray[np.int64], progress: Progress) -> PairRecords:
@@ -177,7 +197,10 @@ class EpochReader:
             likeliest.append(batch.logits.argmax(1).numpy())
             progress.advance()
         records = PairRecords.concatenate(parts)
-        self._check_agreement(epoch, records, np.concatenate(likeliest))
+        found = self._count(records, np.concatenate(likeliest))
+        self._found.append(found)
+        if found.pairs >= LEAST_PAIRS:
+            self._check_least(found, batch_path(source.store, epoch, 0).parent)
         return records
 
     def _check_count(self, epoch: int) -> None:
@@ -186,25 +209,37 @@ class EpochReader:
             folder = batch_path(self._source.store, epoch, 0).parent
             raise FormatError(f"holds {batches} batches, expected {self._source.batches} as in epoch_0", path=folder)
 
-    def _check_agreement(self, epoch: int, records: PairRecords, likeliest: NDArray[np.int64]) -> None:
-        """Refuses an epoch whose likeliest classes (P,) agree with the pairs' labels hardly more than by chance."""
-        labels, pairs = self._source.files.labels, len(records)
+    def _count(self, records: PairRecords, likeliest: NDArray[np.int64]) -> _Agreement:
+        """How an epoch's likeliest classes (P,) agree with its pairs' labels."""
+        labels = self._source.files.labels
         agreed = (likeliest == labels[records.index_org]) | (likeliest == labels[records.index_aug])
         shares = (np.bincount(labels, minlength=len(self._source.classes.names)) / len(labels))[likeliest]
         alone = records.index_org == records.index_aug
-        chance = float(np.where(alone, shares, 1 - (1 - shares) ** 2).mean())
-        noise = (chance * (1 - chance) / pairs) ** 0.5
-        least = min(1.0, chance + max(LEAST_GAIN * (1 - chance), 2 * noise))
-        self.pairs += pairs
-        self.agreed += int(agreed.sum())
-        self.agreed_by_chance += chance * pairs
-        if agreed.mean() >= (least if self._min_agreement is None else self._min_agreement):
+        chance = np.where(alone, shares, 1 - (1 - shares) ** 2)
+        return _Agreement(pairs=len(records), agreed=int(agreed.sum()), by_chance=float(chance.sum()))
+
+    def _check_epochs(self) -> None:
+        """Refuses an epoch that agrees as by chance where the others do not, however few its pairs are."""
+        if self._min_agreement is not None:
             return
+        for epoch, found in enumerate(self._found):
+            pairs, agreed = self.pairs - found.pairs, self.agreed - found.agreed
+            usual = (agreed + 1) / (pairs + 2)
+            if pairs and usual > found.chance and found.odds_against(usual) > self._source.epochs / MOST_DOUBT:
+                self._refuse(found, batch_path(self._source.store, epoch, 0).parent)
+
+    def _check_least(self, found: _Agreement, path: Path) -> None:
+        """Refuses pairs that agree less than asked for or, where nothing is asked, hardly more than by chance."""
+        if found.share < (found.least if self._min_agreement is None else self._min_agreement):
+            self._refuse(found, path)
+
+    def _refuse(self, found: _Agreement, path: Path) -> NoReturn:
         raise FormatError(
-            f"the highest logit is at one of the pair's two classes in {agreed.mean():.1%} of its pairs, by chance "
-            f"{chance:.1%}: these are not the pairs that were labelled; the usual cause is another --sampler-seed than "
-            f"the store's (here {self._sampler_seed}), or other images; accept it as it is with --min-agreement",
-            path=batch_path(self._source.store, epoch, 0).parent,
+            f"the highest logit is at one of the pair's two classes in {found.share:.1%} of {found.pairs} pairs, by "
+            f"chance {found.chance:.1%}: these hardly look like the pairs that were labelled; the usual cause is "
+            f"another --sampler-seed than the store's (here {self._sampler_seed}), or other images; accept it as it is "
+            "with --min-agreement",
+            path=path,
         )
 
     def _check_doubt(self) -> None:
@@ -216,6 +251,40 @@ class EpochReader:
                 f"{self._sampler_seed} is the store's; take more epochs, or, if you know it is, give --min-agreement",
                 path=self._source.store,
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Agreement:
+    """Of some pairs, how many have their highest logit at one of their two classes, and how many would by chance."""
+
+    pairs: int
+    agreed: int
+    by_chance: float
+
+    @property
+    def share(self) -> float:
+        """Of the pairs that agree."""
+        return self.agreed / self.pairs
+
+    @property
+    def chance(self) -> float:
+        """Of the pairs that would by chance."""
+        return self.by_chance / self.pairs
+
+    @property
+    def least(self) -> float:
+        """The share from which on it is more than chance: by twice the noise, and by `LEAST_GAIN`."""
+        noise = math.sqrt(self.chance * (1 - self.chance) / self.pairs)
+        return min(1.0, self.chance + max(LEAST_GAIN * (1 - self.chance), 2 * noise))
+
+    def odds_against(self, usual: float) -> float:
+        """How many times likelier these pairs are by chance than where the share `usual` of pairs agrees.
+
+        Of pairs whose share that is, one in n at most comes to n or more.
+        """
+        agree, differ = self.chance / usual, (1 - self.chance) / (1 - usual)
+        logarithm = self.agreed * math.log(agree) + (self.pairs - self.agreed) * math.log(differ)
+        return math.exp(min(logarithm, 700.0))
 
 
 def batch_records(

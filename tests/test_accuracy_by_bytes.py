@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy_by_bytes import main
 from benchmarks.completion import complete
+from benchmarks.logit_codes import predictions as all_predictions
 from builders.models import create_model
 from builders.relabel import prior_masses
 from builders.teacher import Teacher, load_teacher, save_checkpoint
@@ -111,7 +113,16 @@ def test_masses_are_means_over_the_pairs_of_an_image(folder: Path) -> None:
     assert (found[np.arange(len(labels)), labels] == 0).all()
 
 
-def test_the_command_trains_every_kind_once_and_reports_it(folder: Path, tmp_path: Path) -> None:
+def _rebuild(dataset: Path, out: Path) -> None:
+    """The same images and records under a manifest of another build."""
+    shutil.copytree(dataset, out)
+    manifest = Manifest.load(out / MANIFEST_NAME)
+    replace(manifest, method=manifest.method | {"build_key": "another"}).save(out / MANIFEST_NAME)
+
+
+def test_the_command_trains_every_kind_once_and_reports_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = [
         *(str(folder / "data"), "--dataset", "imagefolder", "--data-dir", str(folder / "train")),
         *("--test-dir", str(folder / "test"), "--teacher-checkpoint", str(folder / "teacher.pt"), "--priors", "2"),
@@ -131,6 +142,53 @@ def test_the_command_trains_every_kind_once_and_reports_it(folder: Path, tmp_pat
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == times
     assert result.with_suffix(".png").stat().st_size > 1000
     assert "| completed, 1 further, priors" in result.with_suffix(".md").read_text()
+    shutil.copytree(folder / "test", tmp_path / "test")
+    shutil.copy(folder / "train" / CLASSES[0] / "0.png", tmp_path / "test" / CLASSES[0] / "1.png")
+    capsys.readouterr()
+    assert main([*options, "--test-dir", str(tmp_path / "test")]) == 2
+    assert "one-hot-conv2-w8-1.json: made with test images of fingerprint" in capsys.readouterr().err
+    _rebuild(folder / "data", tmp_path / "data")
+    assert main([str(tmp_path / "data"), *options[1:]]) == 2
+    assert "one-hot-conv2-w8-1.json: made with the dataset of ID" in capsys.readouterr().err
+    assert main([str(tmp_path / "data"), *options]) == 2
+    assert "expected folders of different names" in capsys.readouterr().err
+    for student in (tmp_path / "out").glob("*.json"):
+        student.unlink()
+    assert main([str(tmp_path / "data"), *options[1:]]) == 2  # the completed copies are still there
+    assert "was completed from another dataset than" in capsys.readouterr().err
+    for student in (tmp_path / "out").glob("*.json"):
+        student.unlink()
+    assert main(options) == 0  # the copies are its own
+    capsys.readouterr()
     assert main([*options, "--student", "conv2-w4", "--name", "narrow"]) == 0  # another student is not done yet
     assert len(list((tmp_path / "out").glob("*.json"))) == 2 * len(size)
     assert len(list((tmp_path / "results").glob("*-accuracy-by-bytes-narrow.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--ranks 2 7", "--ranks: found 7, expected 1 to 6 for 6 classes"),
+        ("--ranks 0", "--ranks: found 0"),
+        ("--parts 12", "--parts: found 12, expected 1 to 6"),
+        ("--further 0 5", "--further: found 5, expected 0 to 4"),
+        ("--priors 6", "--priors: found 6, expected 1 to 5"),
+    ],
+)
+def test_more_than_the_classes_have_room_for_is_refused_at_the_start(
+    options: str, message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = f"--priors 2 --further 0 --ranks --parts --out {tmp_path}/out --dataset imagefolder --data-dir"
+    assert main([str(folder / "data"), *start.split(), str(folder / "train"), *options.split()]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_predictions_have_the_temperature_of_the_distances(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "data", tmp_path / "warm")
+    manifest = Manifest.load(tmp_path / "warm" / MANIFEST_NAME)
+    replace(manifest, records=replace(manifest.records, temperature=4.0)).save(tmp_path / "warm" / MANIFEST_NAME)
+    teacher = tiny_teacher(folder)
+    plain, warm = (
+        all_predictions(path, teacher, epochs=1, device="cpu") for path in (folder / "data", tmp_path / "warm")
+    )
+    torch.testing.assert_close((plain / 4).log_softmax(1), warm)

@@ -53,8 +53,31 @@ def test_initial_images_without_patches_are_built_without_options_of_patches(gri
 
 def test_choices_among_patches_are_left_out_where_images_come_from_none() -> None:
     every = set(CHOICES.values())
-    assert set(choices_for("nrr+lr")) == every
-    assert every - set(choices_for("real+nrr+lr")) == {CHOICES["confidence"], CHOICES["crop-score"]}
+    assert set(choices_for("nrr+lr", "dbr")) == every
+    assert every - set(choices_for("real+nrr+lr", "dbr")) == {CHOICES["confidence"], CHOICES["crop-score"]}
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "expected"),
+    [
+        ("random-real", "dbr", {"init", "temperature", "view-scale", "sce", "radius", "distance"}),
+        ("random-real", "soft", {"init", "view-scale"}),
+        ("random-real", "compact", {"init", "temperature", "view-scale"}),
+        ("rded", "one-hot", {"confidence", "crop-score", "init", "view-scale"}),
+    ],
+)
+def test_choices_without_effect_are_left_out(images: str, labels: str, expected: set[str]) -> None:
+    assert {choice.option.replace("_", "-") for choice in choices_for(images, labels)} == expected
+
+
+def test_choices_of_a_part_that_is_off_are_left_out() -> None:
+    every = {choice.option for choice in CHOICES.values()}
+    assert every - {choice.option for choice in choices_for("nrr", "dbr")} == {
+        "label_refinement",
+        "label_refinement_views",
+    }
+    masked = {"epsilon", "cam_every"}
+    assert not masked & {choice.option for choice in choices_for("real+all-pixels", "dbr")}
 
 
 def test_a_choice_without_effect_is_refused_before_anything_is_run(

@@ -299,6 +299,9 @@ def test_top1_joins_the_bytes_of_the_images_it_was_measured_on(tmp_path: Path, m
     size = {"bytes_labels": 0.0}
     cells = [cell | size | {"labels": labels, "top1": top1} for labels in ("one-hot", "dbr") for top1 in (0.25, 0.75)]
     cells += [cell | size | {"labels": "dbr", "top1": 0.9} | other for other in ({"ipc": 1}, {"images": "nrr"})]
+    others: list[dict[str, Any]] = [{"iterations": 6}, {"teacher": "another"}, {"teacher_top1": 0.123}]
+    cells += [cell | size | {"labels": "dbr", "top1": 0.9} | other for other in others]
+    cells[0] |= {"iterations": 5}
     cells += [cell | {"labels": "dbr-further1", "top1": 0.5, "bytes_labels": size} for size in (1000.0, 3000.0)]
     (tmp_path / "accuracy.json").write_text(json.dumps({"cells": cells}))
     arguments = [str(path), "--accuracy", str(tmp_path / "accuracy.json"), "--out", str(tmp_path / "results")]
@@ -309,7 +312,7 @@ def test_top1_joins_the_bytes_of_the_images_it_was_measured_on(tmp_path: Path, m
         ("one-hot: the image's name", [25, 75]),
         ("DBR, explicit", [25, 75]),
         ("DBR, derived", [25, 75]),
-        ("DBR, with 9 priors and 1 further class", [50, 50]),
+        ("DBR, with 2 priors and 1 further class", [50, 50]),
     ]
     assert points[3]["bytes"] == 2000
     assert points[0]["bytes"] == 0 and points[1]["bytes"] == measure(open_dataset(path)).labels

@@ -163,6 +163,34 @@ def test_logits_of_other_images_are_refused(images: Path, tmp_path: Path, epoch:
     assert list(tmp_path.glob("*data*")) == []
 
 
+def test_a_small_epoch_that_agrees_little_by_bad_luck_is_taken(tmp_path: Path) -> None:
+    """Ten classes of one image, logits of which one or two in three are right: some of 60 epochs look like chance."""
+    images = make_images(tmp_path / "images", folders=[f"{number}" for number in range(10)], each=1, size=SIZE)
+    store = make_store(tmp_path / "store", images, epochs=60, batch=10, sure=2.0)
+    dataset, facts = _import(store, images, tmp_path / "data")
+    shard = dataset.shards[0]
+    shares = []
+    for epoch in range(60):
+        records = shard.records(epoch)
+        logits = torch.cat([each[1] for each in trainer_batches(store, images, epoch, batch=10)])
+        likeliest = logits.argmax(1).numpy()
+        agreed = (likeliest == shard.labels[records.index_org]) | (likeliest == shard.labels[records.index_aug])
+        shares.append(agreed.mean())
+    assert min(shares) <= 0.3 < 0.4 < facts.agreement
+    for seed in range(5):
+        with pytest.raises(FormatError, match=r"store: the highest .* by chance 1\d\.\d%: these hardly look like"):
+            import_fkd(ImportConfig(store=store, images=images, out=tmp_path / "more", sampler_seed=seed))
+
+
+def test_a_large_epoch_is_judged_before_the_next_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builders.fkd_epochs.LEAST_PAIRS", COUNT)
+    images = make_images(tmp_path / "images", folders=FOLDERS, each=EACH, size=SIZE)
+    store = make_store(tmp_path / "store", images, epochs=2, batch=BATCH, sure=20, seed=1)
+    batch_path(store, 1, 1).write_bytes(b"damaged")
+    with pytest.raises(FormatError, match="epoch_0: the highest logit"):
+        import_fkd(ImportConfig(store=store, images=images, out=tmp_path / "data"))
+
+
 def test_pairs_that_agree_by_chance_are_too_few_to_tell(tmp_path: Path) -> None:
     """With six pairs, every 35th wrong seed or so makes all of them agree."""
     images = make_images(tmp_path / "images", folders=FOLDERS, each=2, size=SIZE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -116,7 +117,8 @@ def test_batchnorm_and_biases_have_no_weight_decay(architecture: str) -> None:
 
 @pytest.mark.parametrize("labels", ["dbr", "dbr-completed", "compact", "one-hot", "soft", "soft-top5"])
 def test_a_student_learns_from_every_kind_of_labels(folder: Path, source: Source, labels: str) -> None:
-    config = replace(TINY, labels=labels, teacher_checkpoint=folder / "teacher.pt")  # type: ignore[arg-type]
+    teacher = folder / "teacher.pt" if labels.startswith("soft") else None
+    config = replace(TINY, labels=labels, teacher_checkpoint=teacher)  # type: ignore[arg-type]
     result = train_student(folder / "data", source, config)
     assert 0 <= result.top1 <= 1 and result.test_images == 12
     assert math.isfinite(result.loss)
@@ -149,13 +151,21 @@ def test_the_last_epochs_student_is_tested_and_only_it(
 ) -> None:
     calls = []
 
-    def measure(*arguments: object, **options: object) -> float:
+    def predict(*arguments: object, **options: object) -> tuple[np.ndarray, np.ndarray]:
         calls.append(arguments[1])
-        return 0.25
+        return np.array([0, 1, 2, 0]), np.array([0, 2, 1, 1])
 
-    monkeypatch.setattr("benchmarks.student.measure_top1", measure)
+    monkeypatch.setattr("benchmarks.student.predict", predict)
     assert train_student(folder / "data", source, replace(TINY, epochs=3)).top1 == 0.25
     assert calls == [source.test]
+
+
+def test_test_images_that_are_unusable_are_not_counted(folder: Path, source: Source, tmp_path: Path) -> None:
+    shutil.copytree(folder / "real", tmp_path / "real")
+    (tmp_path / "real" / "test" / "class 0" / "1.png").write_bytes(b"no image")
+    manifest = open_dataset(folder / "data").manifest
+    damaged = load_matching_source(manifest, name="imagefolder", data_dir=tmp_path / "real", test_dir=None)
+    assert train_student(folder / "data", damaged, TINY).test_images == 11
 
 
 def test_another_teacher_is_refused_with_both_hashes(folder: Path, source: Source) -> None:
@@ -221,3 +231,18 @@ def test_a_source_of_another_size_is_refused(folder: Path, source: Source) -> No
 def test_settings_that_cannot_work_are_refused(make: Callable[[], StudentConfig]) -> None:
     with pytest.raises(ConfigError, match="--"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("labels", "option", "value"),
+    [
+        ("one-hot", "radius", 0.5),
+        ("compact", "sce", "batch"),
+        ("dbr-completed", "distance", "huber"),
+        ("dbr", "soft_temperature", 20.0),
+        ("dbr", "teacher_checkpoint", Path("teacher.pt")),
+    ],
+)
+def test_options_of_another_kind_of_labels_are_refused(labels: str, option: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')}: found with --labels {labels}, expected"):
+        StudentConfig(labels=labels, **{option: value})  # type: ignore[arg-type]

@@ -1,0 +1,187 @@
+"""What the grid takes up again: only what was made with the images and in the precision that are asked for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import accuracy
+from benchmarks.grid import LABELS, Cell, Grid, Origin, Result, cell_path, precision, read_cells, run_grid
+from benchmarks.results_io import circumstances, circumstances_text, write_json
+from benchmarks.teacher import TeacherConfig
+from builders.sources import load_source
+from nrrdd_format.errors import ConfigError
+
+ORIGIN = Origin(train="aaaa", test="bbbb")
+FACTS = ("train_fingerprint", "test_fingerprint", "precision", "made")
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Grid:
+    (tmp_path / "teacher.pt").write_bytes(b"weights")
+    return Grid(
+        dataset="digits",
+        out=tmp_path,
+        teacher_checkpoint=tmp_path / "teacher.pt",
+        teacher=TeacherConfig(),
+        ipcs=(1,),
+        images=("nrr+lr",),
+        labels=("one-hot", "dbr"),
+        seeds=(0,),
+        student="conv2-w8",
+        epochs=2,
+        iterations=1,
+    )
+
+
+def _write(grid: Grid, cell: Cell, **facts: Any) -> Path:
+    """A cell's file; without any of `FACTS` that is not given, as older ones."""
+    result = Result(
+        dataset="digits",
+        ipc=cell.ipc,
+        teacher="conv2",
+        teacher_top1=None,
+        student="conv2-w8",
+        images=cell.images,
+        labels=cell.labels,
+        seed=cell.seed,
+        epochs=2,
+        stored_epochs=2,
+        iterations=1,
+        build={},
+        student_options={},
+        top1=0.5,
+        test_images=10,
+        bytes_images=1,
+        bytes_labels=1.0,
+        bytes_soft_labels=1.0,
+        clipped_share=None,
+        seconds=1.0,
+    )
+    values = {name: value for name, value in asdict(result).items() if name not in FACTS} | facts
+    write_json(cell_path(grid, cell), values)
+    return cell_path(grid, cell)
+
+
+def test_an_older_cell_without_the_facts_is_taken(grid: Grid) -> None:
+    (cell, _) = grid.cells()
+    _write(grid, cell)
+    assert read_cells(grid, grid.cells(), ORIGIN)[cell].test_fingerprint is None
+
+
+@pytest.mark.parametrize(
+    ("fact", "message"),
+    [
+        ("train_fingerprint", "made with training images of fingerprint cccc, asked for aaaa"),
+        ("test_fingerprint", "made with test images of fingerprint cccc, asked for bbbb"),
+    ],
+)
+def test_a_cell_of_other_images_is_refused_by_name(grid: Grid, fact: str, message: str) -> None:
+    (cell, _) = grid.cells()
+    path = _write(grid, cell, train_fingerprint="aaaa", test_fingerprint="bbbb")
+    assert cell in read_cells(grid, [cell], ORIGIN)
+    _write(grid, cell, **{fact: "cccc"})
+    with pytest.raises(ConfigError) as caught:
+        read_cells(grid, [cell], ORIGIN)
+    assert str(path) in str(caught.value) and message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_precisions_are_not_mixed(grid: Grid) -> None:
+    first, second = grid.cells()
+    _write(grid, first, precision="bf16")
+    assert len(read_cells(grid, grid.cells(), ORIGIN)) == 1
+    _write(grid, second, precision="fp32")
+    with pytest.raises(ConfigError, match="precision fp32, asked for bf16"):
+        read_cells(grid, grid.cells(), ORIGIN)
+
+
+def test_the_precision_is_the_devices_where_images_are_refined(grid: Grid) -> None:
+    (cell, _) = grid.cells()
+    assert precision(grid, cell) == "fp32"
+    assert precision(replace(grid, device="cuda"), cell) == "bf16"
+    assert precision(grid, replace(cell, images="random-real")) is None
+
+
+def test_a_report_says_over_which_dates_and_versions_its_students_range() -> None:
+    now = circumstances()
+    other: dict[str, Any] = now | {"date": "2001-02-03", "versions": now["versions"] | {"torch": "0.1"}}
+    text = circumstances_text([now, other, None])
+    assert f"2001-02-03 to {now['date']}" in text and f"torch 0.1 and {now['versions']['torch']}" in text
+    assert "not recorded for 1 older ones of 3" in text and "\n" not in text
+    assert "not recorded" not in circumstances_text([now, now]) and "to 20" not in circumstances_text([now])
+    assert "is not recorded" in circumstances_text([None])
+
+
+def _images(folder: Path, shift: int, count: int) -> Path:
+    """Noise in which each of three classes has its own colour."""
+    rng = np.random.default_rng(shift)
+    for label in range(3):
+        (folder / f"class {label}").mkdir(parents=True)
+        for number in range(count):
+            pixels = rng.integers(0, 100, (16, 16, 3), np.uint8)
+            pixels[..., label] += 150
+            Image.fromarray(pixels).save(folder / f"class {label}" / f"{number}.png")
+    return folder
+
+
+@pytest.mark.slow
+def test_students_and_datasets_of_other_images_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train, held_out, test = (_images(tmp_path / name, shift, 8) for shift, name in enumerate(("train", "held", "test")))
+    (tmp_path / "test" / "class 0" / "more.png").write_bytes((tmp_path / "test" / "class 0" / "0.png").read_bytes())
+
+    def status(training: Path, tested: Path, *labels: str, collect: bool = False) -> int:
+        command = (
+            f"--dataset imagefolder --data-dir {training} --test-dir {tested} --out {tmp_path}/out "
+            f"--results {tmp_path}/results --ipc 1 --epochs 2 --iterations 1 --images nrr --student conv2-w8 "
+            "--teacher conv2-w8 --teacher-epochs 12 --device cpu --labels"
+        )
+        return accuracy.main([*command.split(), *labels, *(["--collect"] if collect else [])])
+
+    assert status(train, held_out, "one-hot") == 0
+    (cell,) = (tmp_path / "out" / "cells").iterdir()
+    stored = json.loads(cell.read_text())
+    assert stored["precision"] == "fp32" and stored["made"]["versions"]["torch"]
+    assert "Students trained" in next((tmp_path / "results").glob("*.md")).read_text()
+    assert status(train, held_out, "one-hot", collect=True) == 0
+    for collect in (False, True):
+        capsys.readouterr()
+        assert status(train, test, "one-hot", collect=collect) == 2
+        assert f"error: {cell}: made with test images" in capsys.readouterr().err
+    assert status(train, test, "compact") == 0  # the dataset is the same, the student is another
+    assert status(train, test, "dbr-further3") == 0  # of three classes: two in a prior, one further
+    assert status(test, held_out, "dbr") == 2
+    dataset = min((tmp_path / "out" / "datasets").iterdir())
+    assert f"error: {dataset}: made with training images" in capsys.readouterr().err
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 3
+
+
+def test_labels_are_completed_by_no_more_classes_than_there_are() -> None:
+    kind = LABELS["dbr-further3"]
+    assert [(kind.within(n).priors, kind.within(n).further) for n in (100, 10, 4, 2)] == [
+        (9, 3),
+        (9, 3),
+        (3, 2),
+        (1, None),
+    ]
+
+
+def test_collecting_without_a_teacher_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    assert accuracy.main(["--dataset", "digits", "--out", str(tmp_path / "out"), "--collect"]) == 2
+    error = capsys.readouterr().err
+    assert f"--teacher-checkpoint: found no file {tmp_path / 'out' / 'teacher.pt'}" in error and error.count("\n") == 1
+
+
+def test_no_student_is_trained_beside_those_of_another_precision(grid: Grid) -> None:
+    pytest.importorskip("sklearn")
+    first, second = grid.cells()
+    path = _write(grid, first, precision="bf16")
+    with pytest.raises(ConfigError, match="precision bf16, asked for fp32") as caught:
+        run_grid(grid, load_source("digits", data_dir=None))
+    assert str(path) in str(caught.value) and not cell_path(grid, second).exists()

@@ -355,6 +355,7 @@ def future_minor_version(base: Base, draw: Draw) -> Mutant:
         )
     name = a_name(draw)
     parts = base.parts[name]
+    version[0] = 1 if FURTHER[base.coding] is None else 2  # a shard header's has to fit
     header, head = parts.header | {"version": version, "news": news}, parts.head | {"news": news}
     return sealed_parts(base, name, replace(parts, header=header, head=head), "harmless", "minor version")
 

@@ -464,7 +464,7 @@ def _count(state: Mapping[str, object], key: str, most: int) -> int:
 def _require_whole(name: str, value: object, least: int) -> None:
     """NumPy's integers count as well: they come from computed sizes."""
     _require(
-        isinstance(value, int | np.integer) and int(value) >= least,
+        isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= least,
         f"{name}: found {shown(value)}, expected a whole number, {least} or more",
     )
 

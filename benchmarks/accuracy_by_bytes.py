@@ -35,7 +35,7 @@ from benchmarks.results_io import (
     write_json,
     write_text,
 )
-from benchmarks.spread import difference, spread
+from benchmarks.spread import interval, spread
 from benchmarks.student import (
     Labels,
     StudentConfig,
@@ -340,15 +340,15 @@ def _tops(rows: Sequence[Measured], kind: str) -> list[float]:
 
 
 def table(rows: Sequence[Measured], names: Sequence[str]) -> str:
-    """Bytes, top-1, the difference to plain DBR seed by seed, and how much of soft labels' gain is recovered."""
+    """Bytes, top-1, the paired difference to plain DBR, and how much of soft labels' gain is recovered."""
     low, high = mean(_tops(rows, "one-hot")), mean(_tops(rows, "soft"))
     lines = []
     for name in names:
         tops = _tops(rows, name)
         share = f"{100 * (mean(tops) - low) / (high - low):.0f}" if high > low else "-"
         size = mean(row.bytes_per_pair for row in _of(rows, name))
-        lines.append([name, f"{size:.2f}", spread(tops), difference(_tops(rows, "DBR"), tops), share])
-    return markdown_table(["labels", "bytes a pair", "top-1 %", "− DBR", "recovered %"], lines)
+        lines.append([name, f"{size:.2f}", spread(tops), interval(_tops(rows, "DBR"), tops), share])
+    return markdown_table(["labels", "bytes a pair", "top-1 %", "− DBR, 95 %", "recovered %"], lines)
 
 
 def plot(path: Path, rows: Sequence[Measured], names: Sequence[str]) -> None:

@@ -15,12 +15,6 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{average} ± {stdev(values):.{digits}f}" if len(values) > 1 else average
 
 
-def difference(before: Sequence[float], after: Sequence[float]) -> str:
-    """Mean and standard deviation of the paired differences, signed."""
-    paired = gaps(before, after)
-    return ("+" if mean(paired) >= 0 else "") + spread(paired)
-
-
 def interval(before: Sequence[float], after: Sequence[float]) -> str:
     """Mean of the paired differences, signed, with its 95 % interval; the mean alone outside 2 to 10 values."""
     paired = gaps(before, after)

@@ -15,7 +15,7 @@ from benchmarks import accuracy, cli, demo, student
 from benchmarks.command import run
 from benchmarks.grid import Cell, Grid, build_config, cell_path, dataset_path, student_config
 from benchmarks.results_io import command_line, markdown_table, provenance, provenance_text, write_json
-from benchmarks.spread import difference, interval, spread
+from benchmarks.spread import interval, spread
 from benchmarks.student import StudentResult
 from benchmarks.teacher import TeacherConfig
 from builders import cli as build_cli
@@ -355,8 +355,6 @@ def test_the_accuracy_benchmark_goes_on_where_it_was(tmp_path: Path, capsys: pyt
 def test_statistics_of_seeds() -> None:
     assert spread([50.0]) == "50.00"
     assert spread([1.0, 3.0]) == "2.00 ± 1.41"
-    assert difference([1.0, 3.0], [2.0, 6.0]) == "+2.00 ± 1.41"
-    assert difference([2.0], [1.0]) == "-1.00"
     assert interval([1.0, 3.0], [2.0, 6.0]) == "+2.00 ± 12.71"
     assert interval([2.0], [1.0]) == "-1.00"
     assert accuracy.recovery({0: 20.0}, {0: 50.0}, {0: 80.0}) == "50"

@@ -18,7 +18,7 @@ from loaders.delivery import PackedDistances, Parcel, Pixels, room
 from loaders.order import EpochOrder, ShardPairs, stored_epoch
 from nrrdd_format.dataset import DistilledDataset
 from nrrdd_format.decoding import decode_image
-from nrrdd_format.errors import FormatError, NrrddError
+from nrrdd_format.errors import FormatError, NrrddError, OutputError
 from nrrdd_format.pairs import PairRecords
 from nrrdd_format.replay import BatchPlan, plan_batch, replay_one_by_one, stack_images
 from nrrdd_format.shards import ShardEntry
@@ -77,7 +77,10 @@ class BatchReader(Dataset[Reading]):
             return error
         self._dataset.shards.close()
         self._windows, self._records = {}, {}
-        self._cache.discard(Path(error.path).name)
+        try:
+            self._cache.discard(Path(error.path).name)
+        except OutputError:  # a folder that cannot be written to: the damage is what matters
+            return error
         removed = FormatError(
             f"{error.reason}; it was removed from the cache, and is fetched anew when it is wanted again"
         )

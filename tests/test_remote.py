@@ -713,6 +713,21 @@ def test_a_shard_damaged_in_the_cache_is_fetched_anew(
     assert server.fetched["shard-00002.tar"] == 3
 
 
+def test_damage_in_a_cache_that_cannot_be_changed_is_named(
+    loader_of: Callable[..., DBRLoader], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(loader_of())
+    (cached,) = tmp_path.glob("cache/*/shard-00002.tar")
+    damage(cached)
+
+    def refuse(self: ShardCache, name: str) -> None:
+        raise OutputError("read-only")
+
+    monkeypatch.setattr(ShardCache, "discard", refuse)
+    with pytest.raises(FormatError, match=r"shard-00002\.tar(?!.*removed)"):
+        list(loader_of(num_workers=1))
+
+
 def test_a_damaged_dataset_in_a_folder_is_left_alone(dataset: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()

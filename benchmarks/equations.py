@@ -43,7 +43,7 @@ from benchmarks.results_io import (
 )
 from benchmarks.spread import gaps, interval, spread
 from benchmarks.teacher import TeacherConfig
-from builders.config import PATCH_OPTIONS
+from builders.config import PATCH_OPTIONS, idle_options
 from builders.sources import load_source
 from nrrdd_format.errors import ConfigError
 from nrrdd_format.files import atomic_write
@@ -192,23 +192,14 @@ def choices_for(images: str, labels: str) -> list[Choice]:
     if kind.init != "cidd":
         left_out.update(PATCH_OPTIONS)
     if not kind.refined:
-        left_out.update(REFINEMENT_OPTIONS)
-    if kind.mask == "all":
-        left_out.update(("epsilon", "cam_every"))  # thresholds and maps of a mask that is 1 everywhere
-    if not kind.label_refinement:
-        left_out.update(("label_refinement", "label_refinement_views"))
+        left_out.add("iterations")  # more than none would make images another kind
+    idle = idle_options(iterations=int(kind.refined), mask=kind.mask, alpha_lr=float(kind.label_refinement))
+    left_out.update(*idle.values())
     if learned != "dbr":
         left_out.update(choice.option for choice in CHOICES.values() if choice.of == "student")
     if learned not in ("dbr", "dbr-completed", "compact"):
         left_out.add("temperature")  # of distances that such students do not see
     return [choice for choice in CHOICES.values() if choice.option not in left_out]
-
-
-REFINEMENT_OPTIONS = (
-    *("mask", "epsilon", "cam_every", "alpha_bn", "alpha_lr", "label_refinement", "label_refinement_views"),
-    *("jitter", "iterations", "schedule"),
-)
-"""Options of refinement among the choices; more than no step of it would make images another kind."""
 
 
 def all_cells(grid: Grid, choices: Sequence[Choice]) -> list[Cell]:

@@ -371,19 +371,22 @@ def check_effects(config: BuildConfig) -> None:
     Raises:
         ConfigError: an option is not at its default, and would have no effect.
     """
-    idle = {
-        f"--iterations {config.iterations}": REFINING_OPTIONS if config.iterations == 0 else (),
-        f"--mask {config.mask}": ("epsilon", "cam_every") if config.mask == "all" else (),
-        f"--alpha-lr {config.alpha_lr:g}": (
-            ("label_refinement", "label_refinement_views") if config.alpha_lr == 0 else ()
-        ),
-    }
+    idle = idle_options(iterations=config.iterations, mask=config.mask, alpha_lr=config.alpha_lr)
     for reason, names in idle.items():
         for name in names:
             if getattr(config, name) != getattr(BuildConfig, name):
                 raise ConfigError(
                     f"--{name.replace('_', '-')}: found with {reason}, where it has no effect; leave one of them out"
                 )
+
+
+def idle_options(*, iterations: int, mask: Mask, alpha_lr: float) -> dict[str, tuple[str, ...]]:
+    """The options of refinement that have no effect beside these, by the one that leaves them without."""
+    return {
+        f"--iterations {iterations}": REFINING_OPTIONS if iterations == 0 else (),
+        f"--mask {mask}": ("epsilon", "cam_every") if mask == "all" else (),
+        f"--alpha-lr {alpha_lr:g}": ("label_refinement", "label_refinement_views") if alpha_lr == 0 else (),
+    }
 
 
 def plan_settings(config: BuildConfig, source: Source, given_codec: Codec | None = None) -> BuildSettings:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+from grid_result import result_of
 
 from benchmarks import equations, pair_mass
 from benchmarks.equations import CHOICES, all_cells, choices_for, compare
-from benchmarks.grid import Cell, Grid, Result, build_config, cell_path, student_config
+from benchmarks.grid import Cell, Grid, build_config, cell_path, student_config
 from benchmarks.student import StudentConfig
 from benchmarks.teacher import TeacherConfig
 from builders.config import BuildConfig
@@ -107,36 +108,11 @@ def test_a_value_that_is_the_defaults_is_not_run_again(grid: Grid) -> None:
     assert len(cells) == 2 * (1 + values - with_default)
 
 
-def _result(cell: Cell, top1: float) -> Result:
-    return Result(
-        dataset="digits",
-        ipc=cell.ipc,
-        teacher="conv2",
-        teacher_top1=None,
-        student="conv2-w8",
-        images=cell.images,
-        labels=cell.labels,
-        seed=cell.seed,
-        epochs=2,
-        stored_epochs=2,
-        iterations=1,
-        build=dict(cell.build),
-        student_options=dict(cell.student),
-        top1=top1,
-        test_images=10,
-        bytes_images=1,
-        bytes_labels=1.0,
-        bytes_soft_labels=1.0,
-        clipped_share=None,
-        seconds=1.0,
-    )
-
-
 def test_values_are_compared_with_the_default_of_the_same_seed(grid: Grid) -> None:
     choice = replace(CHOICES["epsilon"], values=(0.1, 0.5, 0.9))
     first, second = grid.cells()
     found = ((first, 0.5), (choice.cell(first, 0.1), 0.25), (second, 0.75), (choice.cell(second, 0.9), 0.5))
-    rows = compare(grid, {cell: _result(cell, top1) for cell, top1 in found}, choice)
+    rows = compare(grid, {cell: result_of(cell, top1) for cell, top1 in found}, choice)
     assert [(row.value, row.is_base, row.base_top1, row.top1) for row in rows] == [
         ("0.1", False, (50.0,), (25.0,)),
         ("0.5", True, (50.0, 75.0), (50.0, 75.0)),

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from grid_result import result_of
 from PIL import Image
 
 from benchmarks import accuracy
-from benchmarks.grid import LABELS, Cell, Grid, Origin, Result, cell_path, precision, read_cells, run_grid
+from benchmarks.grid import LABELS, Cell, Grid, Origin, cell_path, precision, read_cells, run_grid
 from benchmarks.results_io import circumstances, circumstances_text, write_json
 from benchmarks.teacher import TeacherConfig
 from builders.sources import load_source
@@ -42,29 +43,7 @@ def grid(tmp_path: Path) -> Grid:
 
 def _write(grid: Grid, cell: Cell, **facts: Any) -> Path:
     """A cell's file; without any of `FACTS` that is not given, as older ones."""
-    result = Result(
-        dataset="digits",
-        ipc=cell.ipc,
-        teacher="conv2",
-        teacher_top1=None,
-        student="conv2-w8",
-        images=cell.images,
-        labels=cell.labels,
-        seed=cell.seed,
-        epochs=2,
-        stored_epochs=2,
-        iterations=1,
-        build={},
-        student_options={},
-        top1=0.5,
-        test_images=10,
-        bytes_images=1,
-        bytes_labels=1.0,
-        bytes_soft_labels=1.0,
-        clipped_share=None,
-        seconds=1.0,
-    )
-    values = {name: value for name, value in asdict(result).items() if name not in FACTS} | facts
+    values = {name: value for name, value in asdict(result_of(cell, 0.5)).items() if name not in FACTS} | facts
     write_json(cell_path(grid, cell), values)
     return cell_path(grid, cell)
 

@@ -112,6 +112,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--teacher", metavar="ARCH", help="the network to train as teacher (the dataset's default)")
     parser.add_argument("--teacher-epochs", type=int, metavar="N", help="of its training (preset's)")
     parser.add_argument("--teacher-checkpoint", type=Path, metavar="FILE", help="a trained teacher (OUT/teacher.pt)")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="train in so many at a time (1)")
     parser.add_argument("--collect", action="store_true", help="run nothing: report on the cells that OUT holds")
     add_device(parser)
     return parser
@@ -120,10 +121,15 @@ def make_parser() -> argparse.ArgumentParser:
 def measure_accuracy(options: argparse.Namespace) -> int:
     """Runs the grid, prints the report and writes it; returns the exit status."""
     source = load_source(options.source, data_dir=options.data_dir, test_dir=options.test_dir)
+    if options.processes < 1:
+        raise ConfigError(f"--processes: found {options.processes}, expected 1 or more")
     grid = make_grid(options, source)
     if options.collect:
         require_teacher(grid.teacher_checkpoint)
-    table = read_cells(grid, grid.cells(), Origin.of(source)) if options.collect else run_grid(grid, source)
+    if options.collect:
+        table = read_cells(grid, grid.cells(), Origin.of(source))
+    else:
+        table = run_grid(grid, source, processes=options.processes)
     if not table:
         raise ConfigError(f"--collect: {grid.out} holds no cell of this grid; run it without --collect first")
     text = report(grid, table)

@@ -406,7 +406,7 @@ def measure(cases: Sequence[Case], repeats: int, device: torch.device, flops: fl
 
     `flops` are those of one image's forward pass.
     """
-    firsts = [_time(case, device)[0] for case in cases]
+    firsts = [_time(case, device) for case in cases]
     rounds = [[_time(case, device) for case in cases] for _ in range(repeats)]
     return [
         _timing(case, first, one, flops, device.type == "cuda")
@@ -426,9 +426,15 @@ def _time(case: Case, device: torch.device) -> tuple[float, float, int | None]:
 
 
 def _timing(
-    case: Case, first: float, rounds: Sequence[tuple[float, float, int | None]], flops: float, on_gpu: bool
+    case: Case,
+    first: tuple[float, float, int | None],
+    rounds: Sequence[tuple[float, float, int | None]],
+    flops: float,
+    on_gpu: bool,
 ) -> Timing:
     walls, processors, peaks = zip(*rounds, strict=True)
+    if on_gpu:  # a graph's memory is taken when it is recorded, in the first call
+        peaks = (first[2], *peaks)
     counted = walls if on_gpu else processors
     return Timing(
         stage=case.stage,
@@ -437,7 +443,7 @@ def _timing(
         wall_ms=1000 * median(walls) / case.items,
         processor_ms=1000 * median(processors) / case.items,
         repeats=tuple(1000 * seconds / case.items for seconds in counted),
-        first_s=first,
+        first_s=first[0],
         peak=max((peak for peak in peaks if peak is not None), default=None),
         tflops=2 * case.passes * flops * case.items / median(counted) / 1e12 if case.passes else None,
     )

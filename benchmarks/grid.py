@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.completion import complete
 from benchmarks.footprint import Footprint, measure, soft_label_bytes
-from benchmarks.results_io import circumstances, refuse_other, write_json
+from benchmarks.results_io import circumstances, refuse_other, usable_cores, write_json
 from benchmarks.student import Labels, StudentConfig, load_dataset_teacher, train_student
 from benchmarks.teacher import TeacherConfig, summary, train_and_save
 from builders.config import PATCH_OPTIONS, BuildConfig, Confidence, Init, Mask
@@ -219,8 +225,11 @@ class Origin:
         return Origin(train=source.train.fingerprint(), test=None if source.test is None else source.test.fingerprint())
 
 
-def run_grid(grid: Grid, source: Source, cells: Iterable[Cell] | None = None) -> Table:
+def run_grid(grid: Grid, source: Source, cells: Iterable[Cell] | None = None, *, processes: int = 1) -> Table:
     """Runs those of the cells (None: all of the grid's) that have no result yet, a line for each; returns them all.
+
+    With more `processes`, each takes the cells of one dataset at a time; they share the machine's cores and its GPU,
+    which small networks leave idle.
 
     Raises:
         ConfigError: a cell's options do not go together, or results or datasets that are there were made with other
@@ -237,12 +246,47 @@ def run_grid(grid: Grid, source: Source, cells: Iterable[Cell] | None = None) ->
     for cell in missing:
         _check_dataset(grid, cell, origin)
     started = time.perf_counter()
-    for number, cell in enumerate(missing, start=1):
-        table[cell] = run_cell(grid, cell, source, origin)
+    for number, (cell, result) in enumerate(_results(grid, missing, source, origin, processes), start=1):
+        table[cell] = result
         left = (time.perf_counter() - started) / number * (len(missing) - number)
         done = len(wanted) - len(missing) + number
         print(f"[{done}/{len(wanted)}] {cell}: top-1 {table[cell].top1:.2%}, {_about(left)} left", flush=True)
     return {cell: table[cell] for cell in wanted}
+
+
+def _results(
+    grid: Grid, cells: Sequence[Cell], source: Source, origin: Origin, processes: int
+) -> Iterator[tuple[Cell, Result]]:
+    """Runs the cells, and gives each with its result when it is there."""
+    if processes == 1:
+        yield from ((cell, run_cell(grid, cell, source, origin)) for cell in cells)
+        return
+    by_dataset: dict[Path, list[Cell]] = {}
+    for cell in cells:
+        by_dataset.setdefault(dataset_path(grid, cell), []).append(cell)
+    with ProcessPoolExecutor(
+        processes,
+        mp_context=get_context("spawn"),  # CUDA does not survive a fork
+        initializer=_begin_process,
+        initargs=(max(1, usable_cores() // processes),),
+    ) as pool:
+        running = [pool.submit(_run_cells, grid, group, source, origin) for group in by_dataset.values()]
+        try:
+            for group in as_completed(running):
+                yield from group.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin_process(threads: int) -> None:
+    """Takes the process's share of the cores; the bars of several processes would overwrite each other."""
+    torch.set_num_threads(threads)
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _run_cells(grid: Grid, cells: Sequence[Cell], source: Source, origin: Origin) -> list[tuple[Cell, Result]]:
+    """In a process of its own: the cells of one dataset."""
+    return [(cell, run_cell(grid, cell, source, origin)) for cell in cells]
 
 
 def read_cells(grid: Grid, cells: Iterable[Cell], origin: Origin) -> Table:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,8 +94,8 @@ class MixDraws:
         }
         views = self._draw_views(step)
         return Mixes(
-            view=None if views is None else torch.from_numpy(views).to(device),
-            **{name: torch.from_numpy(column).to(device) for name, column in columns.items()},
+            view=None if views is None else _sent(views, device),
+            **{name: _sent(column, device) for name, column in columns.items()},
         )
 
     def _draw_views(self, step: int) -> NDArray[np.int64] | None:
@@ -113,6 +114,11 @@ class MixDraws:
     def _draw_partners(self, step: int) -> NDArray[np.int64]:
         chance = draws.uniform(self._seed, "refinement-partner", self._batch, step, count=len(self._partners))
         return np.array([choices[int(u * len(choices))] for u, choices in zip(chance, self._partners, strict=True)])
+
+
+def _sent(column: NDArray[Any], device: torch.device) -> Tensor:
+    """The column on the device; a GPU goes on with the step before meanwhile."""
+    return torch.from_numpy(column).to(device, non_blocking=True)
 
 
 def partner_choices(labels: NDArray[np.int64]) -> list[NDArray[np.int64]]:

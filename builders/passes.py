@@ -17,13 +17,15 @@ from builders.batchnorm import BatchNormLoss
 from builders.compiled import compiled
 from builders.config import RefinementSettings
 from builders.discovery import Eyes
+from builders.graphs import Graphed, Outputs
 from builders.label_refinement import Mixes, label_refinement_loss
 
 
 class Passes:
     """Made once for all batches, since compiling takes a minute or two; gradients only inside `with passes.batchnorm`.
 
-    Each pass is followed back before the next begins, so that memory holds the activations of one at a time.
+    Each pass is followed back before the next begins, so that memory holds the activations of one at a time; on a GPU
+    the whole way there and back is one CUDA graph.
     """
 
     def __init__(self, eyes: Eyes, settings: RefinementSettings) -> None:
@@ -32,20 +34,41 @@ class Passes:
         self.batchnorm = BatchNormLoss(self.model, settings.first_bn_factor)
         self._forward_unmixed = compiled(self.unmixed_losses, settings.compile)
         self._forward_mixed = compiled(self.mixed_loss, settings.compile)
+        self._graphed = Graphed(eyes.device)
 
     def unmixed(self, pixels: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The gradient of L_ce + α_bn·L_bn, like the pixels float32, and the terms (scalars, unweighted)."""
-        pixels = pixels.detach().requires_grad_(True)
-        cross_entropy, batchnorm = self._forward_unmixed(pixels, targets)
-        (gradient,) = torch.autograd.grad(cross_entropy + self.settings.alpha_bn * batchnorm, pixels)
-        return gradient, {"ce": cross_entropy.detach(), "bn": batchnorm.detach()}
+        gradient, cross_entropy, batchnorm = self._graphed(self._unmixed, pixels, targets)
+        return gradient, {"ce": cross_entropy, "bn": batchnorm}
 
     def mixed(self, pixels: Tensor, targets: Tensor, mixes: Mixes) -> tuple[Tensor, dict[str, Tensor]]:
         """The gradient of α_lr·L_lr, and the term."""
+        drawn = (mixes.view, mixes.flip, mixes.aug, mixes.is_cutmix, mixes.box, mixes.lam)
+        gradient, loss = self._graphed(self._mixed, pixels, targets, *drawn)
+        return gradient, {"lr": loss}
+
+    def _unmixed(self, pixels: Tensor, targets: Tensor) -> Outputs:
         pixels = pixels.detach().requires_grad_(True)
+        cross_entropy, batchnorm = self._forward_unmixed(pixels, targets)
+        (gradient,) = torch.autograd.grad(cross_entropy + self.settings.alpha_bn * batchnorm, pixels)
+        return gradient, cross_entropy.detach(), batchnorm.detach()
+
+    def _mixed(
+        self,
+        pixels: Tensor,
+        targets: Tensor,
+        view: Tensor | None,
+        flip: Tensor,
+        aug: Tensor,
+        is_cutmix: Tensor,
+        box: Tensor,
+        lam: Tensor,
+    ) -> Outputs:
+        pixels = pixels.detach().requires_grad_(True)
+        mixes = Mixes(view=view, flip=flip, aug=aug, is_cutmix=is_cutmix, box=box, lam=lam)
         loss = self._forward_mixed(pixels, targets, mixes)
         (gradient,) = torch.autograd.grad(self.settings.alpha_lr * loss, pixels)
-        return gradient, {"lr": loss.detach()}
+        return gradient, loss.detach()
 
     def unmixed_losses(self, pixels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """L_ce and L_bn of the pixels as they are."""

@@ -170,8 +170,9 @@ class _Trainer:
             for step, (images, labels) in enumerate(self.feed.batches(self.run, epoch)):
                 if len(labels) < 2:  # almost all images of the batch are unusable, and BatchNorm needs two
                     continue
+                images, labels = images.to(self.device), labels.to(self.device)
                 images = augment(images, flip=self.source.flip, seed=self.run.seed, epoch=epoch, step=step)
-                totals += self._step(images, labels.to(self.device))
+                totals += self._step(images, labels)
                 seen += len(labels)
         if not seen:
             raise DataError("hardly any training image is usable, so no batch has two; check --data-dir's files")
@@ -182,7 +183,7 @@ class _Trainer:
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One update; returns the sum of the batch's losses and the number of images it got right."""
-        inputs = normalize(images.to(self.device), self.source.mean, self.source.std)
+        inputs = normalize(images, self.source.mean, self.source.std)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.run.bf16):
             logits = self.model(inputs.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), labels)
@@ -258,13 +259,15 @@ def augment(images: Tensor, *, flip: bool, seed: int, epoch: int, step: int) -> 
     """
     count, size = len(images), images.shape[-1]
     down, right, area, mirror = draws.uniform(seed, "teacher-views", epoch, step, count=4 * count).reshape(4, count)
-    flips = torch.from_numpy(flip & (mirror < 0.5))
+    flips = torch.from_numpy(flip & (mirror < 0.5)).to(images.device)
     if size > IN_MEMORY_SIDE:
-        return apply_views(images, _crops(size, area, down, right), flips)
+        return apply_views(images, _crops(size, area, down, right).to(images.device), flips)
     border = size // 8
-    top, left = (torch.from_numpy((share * (2 * border + 1)).astype(np.int64)) for share in (down, right))
+    top, left = (
+        torch.from_numpy((share * (2 * border + 1)).astype(np.int64)).to(images.device) for share in (down, right)
+    )
     windows = F.pad(images, [border] * 4).unfold(2, size, 1).unfold(3, size, 1)  # (B, 3, 2·border+1, 2·border+1, S, S)
-    shifted = windows[torch.arange(count), :, top, left]
+    shifted = windows[torch.arange(count, device=images.device), :, top, left]
     return torch.where(flips[:, None, None, None], shifted.flip(3), shifted)
 
 

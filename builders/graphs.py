@@ -1,0 +1,102 @@
+"""A pass recorded as a CUDA graph: the GPU replays its hundreds of kernels without waiting for Python to launch each.
+
+A graph is a fixed list of kernels on fixed memory. So the inputs of every call are copied to where those of the first
+lay, and what comes out is copied away before the next call overwrites it. The kernels are the same ones, and so is
+what they compute.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+Inputs = tuple[Tensor | None, ...]
+Outputs = tuple[Tensor, ...]
+Pass = Callable[..., Outputs]
+"""From tensors, some of which may be left out, to tensors."""
+
+WARM_UPS = 3
+"""Calls before a recording: libraries choose their kernels, and torch.compile compiles, in the first ones."""
+
+
+class Graphed:
+    """Passes on one device; on a GPU each is recorded when it is first called with inputs of some shapes.
+
+    Recordings share their memory, for they run one after the other. A build has at most two sizes of batches, hence
+    two recordings of each pass.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._recordings: dict[object, _Recording] = {}
+        self._refused: set[Pass] = set()
+        self._memory: Any = None  # the pool of the first recording; its type has changed between versions of torch
+
+    def __call__(self, function: Pass, *inputs: Tensor | None) -> Outputs:
+        """What `function` gives for `inputs`; it must be the same object in every call, and wait for no result."""
+        if self._device.type != "cuda" or function in self._refused:
+            return function(*inputs)
+        key = (function, tuple(None if each is None else (each.shape, each.stride(), each.dtype) for each in inputs))
+        if key not in self._recordings:
+            try:
+                self._recordings[key] = self._record(function, inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                return self._give_up(function, inputs, error)
+        return self._recordings[key].replay(inputs)
+
+    def _record(self, function: Pass, inputs: Inputs) -> _Recording:
+        fixed = tuple(None if each is None else each.detach().clone() for each in inputs)
+        # Recording does not work on the default stream.
+        beside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        beside.wait_stream(torch.cuda.current_stream(self._device))
+        graph = torch.cuda.CUDAGraph()
+        with _fastest_convolutions():
+            with torch.cuda.stream(beside):
+                for _ in range(WARM_UPS):
+                    function(*fixed)
+            torch.cuda.current_stream(self._device).wait_stream(beside)
+            with torch.cuda.graph(graph, pool=self._memory, stream=beside):
+                outputs = function(*fixed)
+        self._memory = graph.pool()
+        return _Recording(graph=graph, inputs=fixed, outputs=outputs)
+
+    def _give_up(self, function: Pass, inputs: Inputs, error: RuntimeError) -> Outputs:
+        """Runs kernel by kernel what cannot be recorded, such as a network that looks at its own results."""
+        torch.cuda.synchronize(self._device)
+        outputs = function(*inputs)  # first, since an error that has other reasons shows here again
+        self._refused.add(function)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        tqdm.write(
+            f"a pass of the teacher cannot be recorded as a CUDA graph and runs more slowly: {reason}", file=sys.stderr
+        )
+        return outputs
+
+
+def _fastest_convolutions() -> AbstractContextManager[None]:
+    """cuDNN tries its kernels in the first call and keeps the fastest; the shapes stay the same for hours."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Recording:
+    """A graph, and the memory it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Inputs
+    outputs: Outputs
+
+    def replay(self, inputs: Inputs) -> Outputs:
+        for fixed, given in zip(self.inputs, inputs, strict=True):
+            if fixed is not None and given is not None:
+                fixed.copy_(given)
+        self.graph.replay()
+        return tuple(output.clone() for output in self.outputs)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -57,6 +57,8 @@ IMAGENET_CLASSES = 1000
 IPCS = (10, 50, 200)
 MEGABYTE = 1e6
 SOURCE_CLASSES = 10
+Precision = Literal["fp32", "bf16"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
 NOTES = """\
 *plain recovery* is SRe2L's loop written plainly (`benchmarks/plain_recover.py`): one pass of the teacher a step. *nrrdd
@@ -82,25 +84,23 @@ class Bench:
     source: FolderImages
     iterations: int
     threads: int
-    compile: bool
-    """Whether compiled rows are wanted beside the others."""
+    compile: tuple[Precision, ...]
+    """The precisions in which compiled refinement is timed beside the others."""
+    pairs: int
+    """Labelled in a repeat."""
 
     @property
     def model(self) -> nn.Module:
         """The teacher's network."""
         return self.eyes.activation.model
 
-    @property
-    def ways(self) -> dict[str, RefinementSettings]:
-        """The forms in which refinement is timed."""
+    @cached_property
+    def passes(self) -> dict[str, Passes]:
+        """The forms in which refinement is timed; made once, since compiling takes a minute."""
         plain = refinement_settings(iterations=self.iterations, batch_size=len(self.images))
-        return {
-            f"{precision}, compiled" if is_compiled else precision: replace(
-                plain, precision=precision, compile=is_compiled
-            )
-            for is_compiled in ((False, True) if self.compile else (False,))
-            for precision in _PRECISIONS
-        }
+        ways = {precision: replace(plain, precision=precision) for precision in PRECISIONS}
+        compiled = {f"{precision}, compiled": replace(ways[precision], compile=True) for precision in self.compile}
+        return {way: Passes(self.eyes, settings) for way, settings in (ways | compiled).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=20, metavar="B", help="images refined together (20)")
     parser.add_argument("--iterations", type=int, default=3, metavar="N", help="steps timed in a repeat (3)")
     parser.add_argument("--source-images", type=int, default=500, metavar="N", help="JPEGs of discovery (500)")
-    parser.add_argument("--compile", action="store_true", help="rows of compiled refinement, too")
+    parser.add_argument(
+        "--compile", nargs="*", choices=PRECISIONS, metavar="P", help="compiled refinement, too, in fp32, bf16 or both"
+    )
+    parser.add_argument("--pairs", type=int, metavar="N", help="labelled in a repeat (the batch's number of images)")
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="of every case (5)")
     parser.add_argument(
         "--threads", type=int, default=usable_cores(), metavar="N", help="torch's and reading (all cores)"
@@ -187,7 +190,7 @@ def report(options: argparse.Namespace) -> int:
         bench, architecture = make_bench(options, Path(folder))
         timings = measure(list(make_cases(bench)), options.repeats, bench.eyes.device, forward_flops(bench))
         rates = {name: matmul_rate(bench.eyes.device, dtype) for name, dtype in _TYPES.items()}
-        cosines = {name: least_cosine(bench, way) for name, way in bench.ways.items() if name != "fp32"}
+        cosines = {name: least_cosine(bench, passes) for name, passes in bench.passes.items() if name != "fp32"}
     text = tables(timings, rates, cosines)
     print(f"{text}\n{NOTES}")
     if options.out is not None:
@@ -201,7 +204,6 @@ def report(options: argparse.Namespace) -> int:
 
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_PRECISIONS: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
 
 
 # ---- what is timed
@@ -220,7 +222,8 @@ def make_bench(options: argparse.Namespace, folder: Path) -> tuple[Bench, str]:
         source=list_classes(folder, names, options.size),
         iterations=options.iterations,
         threads=options.threads,
-        compile=options.compile,
+        compile=PRECISIONS if options.compile == [] else tuple(options.compile or ()),
+        pairs=options.pairs or options.batch_size,
     ), architecture
 
 
@@ -276,24 +279,30 @@ def _teacher(options: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
 def make_cases(bench: Bench) -> Iterator[Case]:
     """Refinement in all its forms, then relabeling and discovery, each with its ceiling."""
     yield Case(stage="refinement", name=PLAIN, items=_steps(bench), passes=1, prepare=lambda: _plain(bench))
-    for name, passes in ((ONE_PASS, 1), (FULL, 2)):
-        for way, settings in bench.ways.items():
-            teacher = Passes(bench.eyes, replace(settings, alpha_lr=passes - 1.0))
+    for name, count in ((ONE_PASS, 1), (FULL, 2)):
+        for way, passes in bench.passes.items():
             yield Case(
                 stage="refinement",
                 name=f"{name}, {way}",
                 items=_steps(bench),
-                prepare=partial(partial, _refine, bench, teacher),
-                passes=passes,
+                prepare=partial(partial, _refine, bench, passes if count == 2 else _first_alone(passes)),
+                passes=count,
             )
-    pairs = len(bench.images)
-    yield Case(stage="relabeling", name="nrrdd", items=pairs, prepare=lambda: _relabel(bench))
-    yield Case(stage="relabeling", name="teacher alone", items=pairs, prepare=lambda: _forwards(bench, 1))
+    yield Case(stage="relabeling", name="nrrdd", items=bench.pairs, prepare=lambda: _relabel(bench))
+    batches = -(-bench.pairs // len(bench.images))
+    yield Case(stage="relabeling", name="teacher alone", items=bench.pairs, prepare=lambda: _forwards(bench, batches))
     images = len(bench.source)
     yield Case(stage="discovery", name="nrrdd", items=images, prepare=lambda: lambda: _discover(bench))
     yield Case(stage="discovery", name=DECODE, items=images, prepare=lambda: lambda: _decode(bench))
-    passes = 2 * -(-images // pairs)  # an image for its activation map, and its patch
-    yield Case(stage="discovery", name="teacher alone", items=images, prepare=lambda: _forwards(bench, passes))
+    forwards = 2 * -(-images // len(bench.images))  # an image for its activation map, and its patch
+    yield Case(stage="discovery", name="teacher alone", items=images, prepare=lambda: _forwards(bench, forwards))
+
+
+def _first_alone(passes: Passes) -> Passes:
+    """The same, compiled once for both, for steps without label refinement."""
+    alone = copy.copy(passes)
+    alone.settings = replace(passes.settings, alpha_lr=0.0)
+    return alone
 
 
 def _steps(bench: Bench) -> int:
@@ -340,7 +349,7 @@ def _refine(bench: Bench, passes: Passes) -> None:
 
 
 def _relabel(bench: Bench) -> Callable[[], object]:
-    count, size = len(bench.images), bench.images.shape[-1]
+    count, size = bench.pairs, bench.images.shape[-1]
     layout = RecordLayout(
         classes=SOURCE_CLASSES,
         images=count,
@@ -356,10 +365,11 @@ def _relabel(bench: Bench) -> Callable[[], object]:
         mixes=bench.tables.mixes,
         levels=distance_levels(),
     )
-    images = torch.from_numpy(bench.images).contiguous(memory_format=torch.channels_last).to(bench.eyes.device)
+    images, labels = (np.resize(each, (count, *each.shape[1:])) for each in (bench.images, bench.labels))
+    on_device = torch.from_numpy(images).contiguous(memory_format=torch.channels_last).to(bench.eyes.device)
     return lambda: relabel_epoch(
-        images,
-        bench.labels,
+        on_device,
+        labels,
         draw_pairs(layout, 0, 0),
         model=bench.model,
         temperature=1.0,
@@ -471,18 +481,17 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / min(seconds[1:]) / 1e12
 
 
-def least_cosine(bench: Bench, settings: RefinementSettings, steps: int = 5) -> float:
-    """The least cosine between gradients with these settings and in plain fp32, over steps from the same pixels."""
+def least_cosine(bench: Bench, passes: Passes, steps: int = 5) -> float:
+    """The least cosine between gradients by these passes and in plain fp32, over steps from the same pixels."""
     pixels, targets = bench.eyes.see(bench.images), torch.from_numpy(bench.labels).to(bench.eyes.device)
     pixels = pixels.contiguous(memory_format=torch.channels_last)  # as in a build: nothing is compiled anew
 
-    def gradients(settings: RefinementSettings) -> list[Tensor]:
-        passes = Passes(bench.eyes, settings)
+    def gradients(passes: Passes) -> list[Tensor]:
         objective = Objective(passes, targets, bench.tables, SEED, 0)
         with passes.batchnorm:
             return [objective.gradient(pixels, step)[0].flatten() for step in range(steps)]
 
-    pairs = zip(gradients(bench.ways["fp32"]), gradients(settings), strict=True)
+    pairs = zip(gradients(bench.passes["fp32"]), gradients(passes), strict=True)
     return min(float(torch.cosine_similarity(exact, other, dim=0)) for exact, other in pairs)
 
 
@@ -596,7 +605,7 @@ def _as_json(
     options: argparse.Namespace,
     architecture: str,
 ) -> dict[str, Any]:
-    names = ("size", "batch_size", "iterations", "source_images", "repeats", "threads")
+    names = ("size", "batch_size", "iterations", "source_images", "pairs", "repeats", "threads")
     return {
         "teacher": {"architecture": architecture, "trained": options.teacher_checkpoint is not None},
         "shape": {name: getattr(options, name) for name in names},

@@ -195,7 +195,8 @@ def report(options: argparse.Namespace) -> int:
     print(f"{text}\n{NOTES}")
     if options.out is not None:
         facts = provenance(MODULE, seeds=[SEED])
-        stem = f"{facts['date']}-builder-throughput-{architecture}-{options.size}"
+        on_gpu = "-cuda" if bench.eyes.device.type == "cuda" else ""
+        stem = f"{facts['date']}-builder-throughput-{architecture}-{options.size}{on_gpu}"
         record = facts | _as_json(timings, rates, cosines, options, architecture)
         write_json(options.out / f"{stem}.json", record)
         title = f"# Speed of the builder: {architecture}, {options.size} px, batches of {options.batch_size}"

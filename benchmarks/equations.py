@@ -42,6 +42,7 @@ from benchmarks.results_io import (
     write_text,
 )
 from benchmarks.spread import gaps, interval, spread
+from benchmarks.student import LABELS_OF_OPTION
 from benchmarks.teacher import TeacherConfig
 from builders.config import PATCH_OPTIONS, idle_options
 from builders.sources import load_source
@@ -91,6 +92,7 @@ CHOICES = {
         Choice(title="views in label refinement", of="build", option="label_refinement_views", values=(True, False)),
         Choice(title="jitter in refinement", of="build", option="jitter", values=(False, True)),
         Choice(title="steps of refinement", of="build", option="iterations", values=(100, 200, 500, 1000)),
+        Choice(title="precision of refinement", of="build", option="precision", values=("fp32", "bf16")),
         Choice(title="schedule of refinement", of="build", option="schedule", values=("cosine", "constant")),
         Choice(title="temperature of the distances", of="build", option="temperature", values=(1.0, 2.0, 4.0)),
         Choice(title="smallest area of a view", of="build", option="view_scale", values=(0.08, 0.5, 0.8, 1.0)),
@@ -102,6 +104,8 @@ CHOICES = {
         ),
         Choice(title="radius r", of="student", option="radius", values=(0.1, 0.3, 0.4, 0.5, 0.7)),
         Choice(title="error of a distance", of="student", option="distance", values=("l1", "huber", "squared")),
+        Choice(title="pairs in a batch of the student", of="student", option="batch_size", values=(10, 25, 50, 100)),
+        Choice(title="epochs of the student", of="student", option="epochs", values=(100, 300, 1000)),
     )
 }
 
@@ -188,18 +192,18 @@ def measure_equations(options: argparse.Namespace) -> int:
 def choices_for(images: str, labels: str) -> list[Choice]:
     """The choices that matter for images of one kind and students on labels of one kind."""
     kind, learned = IMAGES[images], LABELS[labels].labels
-    left_out: set[str] = set()
+    building: set[str] = set()  # options of the build that are left out
     if kind.init != "cidd":
-        left_out.update(PATCH_OPTIONS)
+        building.update(PATCH_OPTIONS)
     if not kind.refined:
-        left_out.add("iterations")  # more than none would make images another kind
+        building.add("iterations")  # more than none would make images another kind
     idle = idle_options(iterations=int(kind.refined), mask=kind.mask, alpha_lr=float(kind.label_refinement))
-    left_out.update(*idle.values())
-    if learned != "dbr":
-        left_out.update(choice.option for choice in CHOICES.values() if choice.of == "student")
+    building.update(*idle.values())
     if learned not in ("dbr", "dbr-completed", "compact"):
-        left_out.add("temperature")  # of distances that such students do not see
-    return [choice for choice in CHOICES.values() if choice.option not in left_out]
+        building.add("temperature")  # of distances that such students do not see
+    training = {option for option, kinds in LABELS_OF_OPTION.items() if learned not in kinds}
+    left_out = {"build": building, "student": training}
+    return [choice for choice in CHOICES.values() if choice.option not in left_out[choice.of]]
 
 
 def all_cells(grid: Grid, choices: Sequence[Choice]) -> list[Cell]:

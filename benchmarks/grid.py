@@ -242,7 +242,7 @@ def run_grid(grid: Grid, source: Source, cells: Iterable[Cell] | None = None, *,
         build_config(grid, cell)
     table = read_cells(grid, wanted, origin)
     missing = [cell for cell in wanted if cell not in table]
-    _refuse_mix(grid, table, (precision(grid, cell) for cell in missing))
+    _refuse_mix(grid, table, missing)
     for cell in missing:
         _check_dataset(grid, cell, origin)
     started = time.perf_counter()
@@ -310,11 +310,16 @@ TRAINED_ON, TESTED_ON = "training images of fingerprint", "test images of finger
 """What a message calls an `Origin`."""
 
 
-def _refuse_mix(grid: Grid, table: Table, wanted: Iterable[str | None]) -> None:
-    """Raises ConfigError where results were refined in another precision than is wanted, or than each other."""
-    precisions = (*wanted, *(result.precision for result in table.values()))
+def _refuse_mix(grid: Grid, table: Table, missing: Iterable[Cell]) -> None:
+    """Raises ConfigError where results differ in the precision of their refinement, or from what is missing.
+
+    Cells that name their precision are left out: they are there to be compared.
+    """
+    left_open = {cell: result for cell, result in table.items() if "precision" not in dict(cell.build)}
+    wanted = [precision(grid, cell) for cell in missing if "precision" not in dict(cell.build)]
+    precisions = (*wanted, *(result.precision for result in left_open.values()))
     expected = next((each for each in precisions if each is not None), None)
-    for cell, result in table.items():
+    for cell, result in left_open.items():
         refuse_other(cell_path(grid, cell), {"precision": result.precision}, {"precision": expected})
 
 

@@ -18,6 +18,9 @@ from benchmarks.student import StudentConfig
 from benchmarks.teacher import TeacherConfig
 from builders.config import BuildConfig
 
+RECIPE = ("batch-size", "epochs")
+"""Choices of every student."""
+
 
 @pytest.fixture
 def grid(tmp_path: Path) -> Grid:
@@ -61,10 +64,10 @@ def test_choices_among_patches_are_left_out_where_images_come_from_none() -> Non
 @pytest.mark.parametrize(
     ("images", "labels", "expected"),
     [
-        ("random-real", "dbr", {"init", "temperature", "view-scale", "sce", "radius", "distance"}),
-        ("random-real", "soft", {"init", "view-scale"}),
-        ("random-real", "compact", {"init", "temperature", "view-scale"}),
-        ("rded", "one-hot", {"confidence", "crop-score", "init", "view-scale"}),
+        ("random-real", "dbr", {"init", "temperature", "view-scale", "sce", "radius", "distance", *RECIPE}),
+        ("random-real", "soft", {"init", "view-scale", *RECIPE}),
+        ("random-real", "compact", {"init", "temperature", "view-scale", *RECIPE}),
+        ("rded", "one-hot", {"confidence", "crop-score", "init", "view-scale", *RECIPE}),
     ],
 )
 def test_choices_without_effect_are_left_out(images: str, labels: str, expected: set[str]) -> None:
@@ -96,7 +99,8 @@ def test_choices_between_named_alternatives_leave_none_out() -> None:
         config = BuildConfig if choice.of == "build" else StudentConfig
         named = get_args(get_type_hints(config)[choice.option])
         if named and type(None) not in named:
-            assert set(choice.values) == set(named) - {"noise"}, choice.option  # noise is no start for a masked step
+            # Noise is no start for a masked step; a precision is named to be compared.
+            assert set(choice.values) == set(named) - {"noise", "auto"}, choice.option
         assert choice.option in {field.name for field in fields(config)}
 
 
@@ -104,7 +108,8 @@ def test_a_value_that_is_the_defaults_is_not_run_again(grid: Grid) -> None:
     cells = all_cells(grid, list(CHOICES.values()))
     assert len({cell_path(grid, cell) for cell in cells}) == len(cells)
     values = sum(len(choice.values) for choice in CHOICES.values())
-    with_default = len(CHOICES) - 2  # the default smallest view is the dataset's, the number of steps the grid's
+    of_dataset = ("view-scale", "iterations", "epochs", "batch-size", "precision")  # these have the default nowhere
+    with_default = len(CHOICES) - len(of_dataset)
     assert len(cells) == 2 * (1 + values - with_default)
 
 

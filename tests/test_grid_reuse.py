@@ -164,3 +164,29 @@ def test_no_student_is_trained_beside_those_of_another_precision(grid: Grid) -> 
     with pytest.raises(ConfigError, match="precision bf16, asked for fp32") as caught:
         run_grid(grid, load_source("digits", data_dir=None))
     assert str(path) in str(caught.value) and not cell_path(grid, second).exists()
+
+
+def test_students_that_name_their_precision_are_read_beside_those_that_do_not(grid: Grid) -> None:
+    plain, _ = grid.cells()
+    named = replace(plain, build=(("precision", "bf16"),))
+    _write(grid, plain, precision="fp32")
+    _write(grid, named, precision="bf16")
+    assert set(read_cells(grid, [plain, named], ORIGIN)) == {plain, named}
+
+
+@pytest.mark.slow
+def test_students_are_trained_in_several_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train, test = (_images(tmp_path / name, shift, 8) for shift, name in enumerate(("train", "test")))
+    command = (
+        f"--dataset imagefolder --data-dir {train} --test-dir {test} --out {tmp_path}/out --results {tmp_path}/results "
+        "--ipc 1 --epochs 2 --iterations 1 --images nrr random-real --student conv2-w8 --teacher conv2-w8 "
+        "--teacher-epochs 12 --device cpu --labels one-hot dbr"
+    ).split()
+    assert accuracy.main([*command, "--processes", "0"]) == 2
+    assert "--processes: found 0, expected 1 or more" in capsys.readouterr().err
+    assert accuracy.main([*command, "--processes", "2"]) == 0
+    assert "[4/4]" in capsys.readouterr().out
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()}
+    assert len(made) == 4
+    assert accuracy.main(command) == 0  # all are there
+    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()}

@@ -37,7 +37,7 @@ from builders.folders import list_classes
 from builders.image_sets import FolderImages
 from builders.label_refinement import PairTables
 from builders.passes import Passes
-from builders.prefetch import read_ahead
+from builders.prefetch import in_processes
 from builders.refinement import Objective, refine_batch
 from builders.relabel import relabel_epoch
 from builders.teacher import load_teacher, load_weights_only
@@ -404,7 +404,7 @@ def _discover(bench: Bench) -> None:
 
 
 def _decode(bench: Bench) -> None:
-    with closing(read_ahead(bench.source.read, range(len(bench.source)), bench.threads)) as images:
+    with closing(in_processes(bench.source.read, range(len(bench.source)), bench.threads)) as images:
         for _ in images:
             pass
 

@@ -250,5 +250,10 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--seed", type=int, metavar="N", help="of every random draw (0)")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), help="auto takes a GPU where there is one")
-    group.add_argument("--threads", type=int, metavar="N", help="torch's CPU threads (results depend on them a little)")
+    group.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="torch's CPU threads, and processes that read images (all cores; results depend on them a little)",
+    )
     group.add_argument("--work-dir", type=Path, metavar="DIR", help="results of the stages (default: OUT.work)")

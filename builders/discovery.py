@@ -4,7 +4,7 @@ Each image's class activation map says which of its random crops show what matte
 patch pool; of the pool, the patches the teacher is surest of are kept (the paper's choice, those it is least sure of,
 taught students less: docs/method.md), and β of them tile one synthetic image (paper, Section 3.2 and Eq. 1).
 
-Images are read ahead by threads and come to the teacher in batches that mix the classes of a group. Only the patches
+Images are read ahead by processes and come to the teacher in batches that mix the classes of a group. Only the patches
 that may still be kept stay in memory, each as small as the tile that it will be.
 
 Shapes: N images, K crops an image, P patches, S the side in pixels; images are uint8 RGB (N, 3, S, S).
@@ -27,7 +27,7 @@ from builders.cam import ClassActivation, teacher_batch
 from builders.config import DiscoverySettings
 from builders.conventions import Colour
 from builders.image_sets import ImageSet
-from builders.prefetch import read_ahead
+from builders.prefetch import in_processes
 from nrrdd_format import draws
 from nrrdd_format.replay import apply_views, normalize
 
@@ -80,7 +80,7 @@ def discover_groups(
     eyes: Eyes,
     settings: DiscoverySettings,
     seed: int,
-    threads: int = 1,
+    processes: int = 1,
 ) -> Iterator[DiscoveredGroup]:
     """Makes the initial synthetic images of groups of classes, one group after the other.
 
@@ -91,17 +91,17 @@ def discover_groups(
         eyes: the teacher.
         settings: the stage's settings.
         seed: the build's seed.
-        threads: how many images are decoded at once.
+        processes: how many read images.
     """
 
-    def taken(group: Sequence[int]) -> dict[int, list[int]]:
-        return {label: [int(index) for index in usable[label][: settings.images_needed]] for label in group}
+    def taken(group: Sequence[int]) -> dict[int, NDArray[np.int64]]:
+        return {label: np.asarray(usable[label][: settings.images_needed], np.int64) for label in group}
 
     if settings.init == "noise":
         yield from (_noise(group, eyes, settings, seed) for group in groups)
         return
-    order = (index for group in groups for indices in taken(group).values() for index in indices)
-    with closing(read_ahead(train.read, order, threads)) as pixels:
+    order = np.concatenate([np.empty(0, np.int64), *(each for group in groups for each in taken(group).values())])
+    with closing(in_processes(train.read, order, processes)) as pixels:
         for group in groups:
             images = taken(group)
             yield _whole(images, pixels) if settings.init == "real" else _mosaics(images, pixels, eyes, settings, seed)
@@ -117,7 +117,7 @@ def _noise(group: Sequence[int], eyes: Eyes, settings: DiscoverySettings, seed: 
     return DiscoveredGroup(classes=classes, flat_maps=0)
 
 
-def _whole(images: Mapping[int, Sequence[int]], pixels: Iterator[NDArray[np.uint8]]) -> DiscoveredGroup:
+def _whole(images: Mapping[int, NDArray[np.int64]], pixels: Iterator[NDArray[np.uint8]]) -> DiscoveredGroup:
     """Training images as they are."""
     classes = [
         DiscoveredClass(label=label, images=np.stack([next(pixels) for _ in indices]))
@@ -127,7 +127,7 @@ def _whole(images: Mapping[int, Sequence[int]], pixels: Iterator[NDArray[np.uint
 
 
 def _mosaics(
-    images: Mapping[int, Sequence[int]],
+    images: Mapping[int, NDArray[np.int64]],
     pixels: Iterator[NDArray[np.uint8]],
     eyes: Eyes,
     settings: DiscoverySettings,
@@ -135,11 +135,15 @@ def _mosaics(
 ) -> DiscoveredGroup:
     """Mosaics of the kept patches of every class; `pixels` gives the images' pixels in order."""
     pools = {label: Pool(label, len(indices), settings, seed) for label, indices in images.items()}
-    waiting = [(label, index) for label, indices in images.items() for index in indices]
-    flat_maps, size = 0, teacher_batch(eyes.device, eyes.activation.image_size)
+    waiting = [(label, index) for label, indices in images.items() for index in indices.tolist()]
+    flat_maps, side = 0, eyes.activation.image_size
+    size = min(len(waiting), teacher_batch(eyes.device, side))
+    memory = torch.empty((size, 3, side, side), dtype=torch.uint8, pin_memory=eyes.device.type == "cuda")
     for start in range(0, len(waiting), size):
         labels, indices = zip(*waiting[start : start + size], strict=True)
-        batch = torch.from_numpy(np.stack([next(pixels) for _ in labels])).to(eyes.device)
+        for slot, _ in zip(memory, labels, strict=False):
+            slot.copy_(torch.from_numpy(next(pixels)))
+        batch = memory[: len(labels)].to(eyes.device)
         cam, _, flat = eyes.activation(eyes.see(batch), torch.tensor(labels, device=eyes.device))
         flat_maps += flat
         boxes = torch.from_numpy(np.stack([random_crops(seed, index, batch.shape[-1], settings) for index in indices]))
@@ -187,8 +191,9 @@ class Pool:
         better = [at for at, rank in enumerate(ranked) if not full or rank < self._kept[-1][:2]]
         if better:
             small = shrink(patches[better].cpu(), self._settings.beta)
-            # Copies: a view would keep all the patches that came with it.
-            self._kept += [(*ranked[at], patch.clone()) for at, patch in zip(better, small, strict=True)]
+            # Copies: a view would keep all the patches that came with it. Contiguous ones are made many times faster.
+            copies = (patch.clone(memory_format=torch.contiguous_format) for patch in small)
+            self._kept += [(*ranked[at], patch) for at, patch in zip(better, copies, strict=True)]
             self._kept = sorted(self._kept, key=lambda entry: entry[:2])[: self._settings.patches]
 
     def _rank(self, number: int, confidence: np.float32) -> float:

@@ -21,7 +21,6 @@ from builders.given_images import stored_bytes
 from builders.image_sets import ImageSet
 from builders.job import BATCH_ARRAY, Job
 from builders.passes import Passes
-from builders.prefetch import reading_threads
 from builders.reading import read_usable
 from builders.refinement import RefinedBatch, refine_batch
 from builders.relabel import BATCH, relabel_epoch
@@ -77,8 +76,7 @@ def discovery_seconds(job: Job) -> float:
     if len(usable) < small.images_required:
         name = job.source.class_names[0]
         raise DataError(f"class {name}: {len(usable)} of the first {len(members)} training images are usable")
-    threads = reading_threads(job.config.threads)
-    seconds = _warm(lambda: list(discover_groups(train, [[0]], [usable], job.eyes, small, job.config.seed, threads)))
+    seconds = _warm(lambda: list(discover_groups(train, [[0]], [usable], job.eyes, small, job.config.seed)))
     return seconds / (len(usable) or small.ipc)
 
 

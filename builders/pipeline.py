@@ -40,7 +40,7 @@ from builders.job import (
 )
 from builders.log import write_build_log
 from builders.passes import Passes
-from builders.prefetch import reading_threads
+from builders.prefetch import reading_processes
 from builders.progress import Progress
 from builders.ranks import joined_ranks
 from builders.refinement import refine_batch
@@ -138,12 +138,16 @@ def scan(job: Job) -> list[NDArray[np.int64]]:
     Raises:
         DataError: a class has too few; all such classes are named, with their counts.
     """
-    needed, threads = job.settings.discovery.images_needed, reading_threads(job.config.threads)
-    members = members_by_class(job.source.train.labels, job.num_classes)
-    for label in _units(job, job.scan, CLASS_JSON, range(job.num_classes), "scan", "class"):
-        order = draws.permutation(job.config.seed, "discovery-order", label, count=len(members[label]))
-        found = usable_images(job.source.train, members[label][order], needed=needed, threads=threads)
-        job.scan.save_json(CLASS_JSON.format(label), {"indices": found.indices, "bad": found.bad})
+    needed, members = job.settings.discovery.images_needed, members_by_class(job.source.train.labels, job.num_classes)
+    mine = _open_units(job, job.scan, CLASS_JSON, range(job.num_classes))
+    orders = [draws.permutation(job.config.seed, "discovery-order", label, count=len(members[label])) for label in mine]
+    candidates = [members[label][order] for label, order in zip(mine, orders, strict=True)]
+    processes = reading_processes(job.config.threads, sum(min(needed, len(each)) for each in candidates))
+    found_by_class = usable_images(job.source.train, candidates, needed=needed, processes=processes)
+    with Progress(len(mine), "scan", "class") as progress:
+        for label, found in zip(mine, found_by_class, strict=True):
+            job.scan.save_json(CLASS_JSON.format(label), {"indices": found.indices, "bad": found.bad})
+            progress.advance()
     job.ranks.meet()
     usable, bad = [], []
     for label in range(job.num_classes):
@@ -173,9 +177,10 @@ def discover(job: Job, usable: list[NDArray[np.int64]]) -> None:
     settings = job.settings.discovery
     groups = class_groups(job.num_classes, settings)
     mine = [group for group in job.ranks.share(groups) if not job.discovery.has(FLAT_MAPS.format(group[0]))]
-    threads = reading_threads(job.config.threads)
+    read = sum(min(settings.images_needed, len(usable[label])) for group in mine for label in group)
+    processes = reading_processes(job.config.threads, read)
     with Progress(sum(map(len, mine)), "discover", "class") as progress:
-        for found in discover_groups(job.source.train, mine, usable, job.eyes, settings, job.config.seed, threads):
+        for found in discover_groups(job.source.train, mine, usable, job.eyes, settings, job.config.seed, processes):
             for one in found.classes:
                 job.discovery.save_array(CLASS_ARRAY.format(one.label), one.images)
             # The count comes last: where it is, the group is finished.

@@ -1,30 +1,52 @@
-"""Reads ahead of the consumer, in threads: Pillow lets go of the interpreter while it decodes."""
+"""Does ahead of the consumer what would make it wait: reading images in processes, asking servers in threads.
+
+Images are read in processes, since threads take turns in all that is not decoding: sixteen read fewer small images a
+second than two.
+"""
 
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from nrrdd_format.errors import DataError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 AHEAD = 16
-"""Results that may wait for each thread: two threads and images of 224 px hold 5 MB."""
+"""Results that may wait for each thread."""
+CHUNK = 16
+"""Items that a process takes at a time, and at most two times as many results of it wait: at 224 px 5 MB."""
+PARENT_SECONDS = 0.5
+"""Between two looks of a process at whether the build that started it lives."""
+WORTH = 500
+"""Items below which starting processes takes longer than they save."""
 
 
-def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Generator[Result, None, None]:
-    """`read` of every item, in order, computed in `threads` threads that are at most AHEAD · threads items ahead.
+def in_threads(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int
+) -> Generator[Result, None, None]:
+    """`function` of every item, in order, computed in `threads` threads that are at most AHEAD · threads items ahead.
 
-    An exception comes where its result would have come. Closing the iterator gives up what was read ahead.
+    An exception comes where its result would have come. Closing the iterator gives up what was begun.
     """
     waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="read-ahead") as pool:
+    with ThreadPoolExecutor(threads, thread_name_prefix="ahead") as pool:
         try:
             for item in items:
-                waiting.append(pool.submit(read, item))
+                waiting.append(pool.submit(function, item))
                 if len(waiting) == AHEAD * threads:
                     yield waiting.popleft().result()
             while waiting:
@@ -34,9 +56,97 @@ def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], threads: i
                 future.cancel()
 
 
+def in_processes(
+    function: Callable[[int], Result], items: Sequence[int] | NDArray[np.int64], processes: int
+) -> Generator[Result, None, None]:
+    """`function` of every item, in order, computed ahead in `processes` processes; one computes here, as it is asked.
+
+    A `DataError` comes where its result would have come.
+
+    Args:
+        function: from an item to a result; where processes are not forked, both are pickled with it.
+        items: integers.
+        processes: see `reading_processes`.
+
+    Raises:
+        DataError: raised by `function`, or a process has died.
+    """
+    if processes == 1:
+        yield from map(function, np.asarray(items, np.int64).tolist())
+        return
+    chunks = _Chunks(function=function, items=np.asarray(items, np.int64))
+    generator = torch.Generator()  # otherwise the loader would draw from torch's global one
+    loader = DataLoader(
+        chunks,
+        batch_size=None,
+        num_workers=processes,
+        collate_fn=_as_it_is,
+        generator=generator,
+        worker_init_fn=_end_with_parent,
+    )
+    try:
+        for results in loader:
+            for result in results:
+                if isinstance(result, _Raised):
+                    raise result.error
+                yield result
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise DataError("a process that reads images has died; if memory ran out, lower --threads") from error
+
+
+def reading_processes(threads: int | None, items: int) -> int:
+    """Processes that read so many images for one rank: as many as it computes with threads, one for a few."""
+    return reading_threads(threads) if items >= WORTH else 1
+
+
 def reading_threads(threads: int | None) -> int:
-    """Threads that read for one process: as many as it computes with; by default its share of the machine's cores."""
+    """What one rank computes and reads with; by default its share of the machine's cores."""
     if threads is not None:
         return threads
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Raised:
+    """An error on its way to the caller; torch would make a traceback in words of it."""
+
+    error: DataError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Chunks(Dataset[list[Any]], Generic[Result]):
+    """The results of CHUNK items at a time; the first error ends its chunk."""
+
+    function: Callable[[int], Result]
+    items: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return -(-len(self.items) // CHUNK)
+
+    def __getitem__(self, position: int) -> list[Result | _Raised]:
+        results: list[Result | _Raised] = []
+        for item in self.items[position * CHUNK : (position + 1) * CHUNK].tolist():
+            try:
+                results.append(self.function(item))
+            except DataError as error:
+                return [*results, _Raised(error=error)]
+        return results
+
+
+def _end_with_parent(number: int) -> None:
+    """Watches whether the build lives: torch's own watch waits for ever where nobody takes large results any more."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _as_it_is(results: list[Any]) -> list[Any]:
+    return results

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from builders.class_names import MAX_TEXT_BYTES
-from builders.prefetch import read_ahead
+from builders.prefetch import in_threads
 from builders.progress import Progress
 from builders.quantities import shown_size
 from builders.tar_index import check_tar
@@ -123,7 +123,7 @@ def _sizes(remote: RemoteFolder, names: Sequence[str]) -> list[int | None]:
         return remote.retried(name, partial(remote.size, name))
 
     sizes = []
-    answers = read_ahead(ask, names, min(ASKING_THREADS, len(names)))
+    answers = in_threads(ask, names, min(ASKING_THREADS, len(names)))
     with Progress(len(names), "sizes", "shard") as progress, closing(answers):
         for size in answers:
             sizes.append(size)

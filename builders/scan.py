@@ -1,16 +1,18 @@
-"""Finds the training images of one class that can be used, and names those that cannot."""
+"""Finds the training images of each class that can be used, and names those that cannot."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from builders.image_sets import ImageSet
 from builders.images import UnusableImage
-from builders.prefetch import read_ahead
+from builders.prefetch import in_processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,36 +27,39 @@ class Usable:
     bad: list[tuple[str, str]]
 
 
-def usable_images(image_set: ImageSet, candidates: NDArray[np.int64], *, needed: int, threads: int = 1) -> Usable:
-    """Takes images of a class in the order of `candidates` until `needed` of them have decoded.
+def usable_images(
+    image_set: ImageSet, candidates: Sequence[NDArray[np.int64]], *, needed: int, processes: int = 1
+) -> Iterator[Usable]:
+    """Takes images of every class in the order of its candidates until `needed` of them have decoded.
 
     Args:
         image_set: the images.
-        candidates: indices of images of one class, int64, each at most once.
-        needed: how many usable images are wanted; fewer come back where there are no more.
-        threads: how many images are decoded at once.
+        candidates: for each class, indices of images, int64, each at most once.
+        needed: how many usable images of each are wanted; fewer come back where there are no more.
+        processes: how many decode what is wanted if all is sound; what replaces bad images is read in this one.
 
     Raises:
         DataError: a file cannot be read at all; that says nothing about its image, so no other replaces it.
     """
-    indices: list[int] = []
-    bad: list[tuple[str, str]] = []
-
-    def fault(index: int) -> UnusableImage | None:
-        try:
-            image_set.read(index)
-        except UnusableImage as error:
-            return error
-        return None
-
-    # Chunks of what is still needed: nothing is read that is not wanted, and a sound class is one chunk.
-    rest = candidates.tolist()
-    while rest and len(indices) < needed:
-        chunk, rest = rest[: needed - len(indices)], rest[needed - len(indices) :]
-        with closing(read_ahead(fault, chunk, threads)) as faults:
-            for index, error in zip(chunk, faults, strict=True):
+    fault = partial(_fault, image_set)
+    wanted = [of_class[:needed] for of_class in candidates]
+    with closing(in_processes(fault, np.concatenate([np.empty(0, np.int64), *wanted]), processes)) as faults:
+        for of_class in candidates:
+            found = Usable(indices=[], bad=[])
+            for number, index in enumerate(of_class.tolist()):
+                if len(found.indices) == needed:
+                    break
+                error = next(faults) if number < needed else fault(index)
                 if error is None:
-                    indices.append(index)
+                    found.indices.append(index)
                 else:
-                    bad.append((image_set.name(index), error.reason))
-    return Usable(indices=indices, bad=bad)
+                    found.bad.append((image_set.name(index), error.reason))
+            yield found
+
+
+def _fault(image_set: ImageSet, index: int) -> UnusableImage | None:
+    try:
+        image_set.read(index)
+    except UnusableImage as error:
+        return error
+    return None

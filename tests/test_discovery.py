@@ -21,7 +21,6 @@ from builders.discovery import Eyes, Pool, class_groups, discover_groups, random
 from builders.folders import list_classes
 from builders.image_sets import ArrayImages, ImageSet
 from builders.models import create_model
-from builders.prefetch import AHEAD, read_ahead
 from nrrdd_format import draws
 from nrrdd_format.errors import DataError
 from nrrdd_format.replay import apply_views
@@ -33,7 +32,7 @@ def _discover(
     train: ImageSet, usable: list[list[int]], eyes: Eyes, settings: DiscoverySettings, seed: int = 0
 ) -> list[NDArray[np.uint8]]:
     groups = class_groups(len(usable), settings)
-    found = [one for group in discover_groups(train, groups, usable, eyes, settings, seed, 2) for one in group.classes]
+    found = [one for group in discover_groups(train, groups, usable, eyes, settings, seed) for one in group.classes]
     assert [one.label for one in found] == list(range(len(usable)))
     return [one.images for one in found]
 
@@ -248,26 +247,14 @@ def test_a_file_that_vanished_is_named(eyes: Eyes, tmp_path: Path) -> None:
         _discover(train, [list(range(6))], eyes, SETTINGS)
 
 
-# ---- reading ahead
-
-
-def test_reading_ahead_keeps_the_order_and_its_bound() -> None:
-    started: list[int] = []
-
-    def read(item: int) -> int:
-        started.append(item)
-        return item * item
-
-    results = read_ahead(read, range(1000), 3)
-    for item in range(50):
-        assert next(results) == item * item
-        assert len(started) <= item + 3 * AHEAD
-    results.close()
-    assert len(started) < 1000
-
-
-def test_an_error_comes_where_its_result_would_have_come() -> None:
-    results = read_ahead(lambda item: 1 // (3 - item), range(6), 2)
-    assert [next(results) for _ in range(3)] == [0, 0, 1]
-    with pytest.raises(ZeroDivisionError):
-        next(results)
+def test_discovery_is_the_same_however_many_processes_read(eyes: Eyes, tmp_path: Path) -> None:
+    (tmp_path / "ant").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / "ant" / f"{number}.png")
+    train = list_classes(tmp_path, ["ant"], 16)
+    alone, together = (
+        [found.classes[0].images for found in discover_groups(train, [[0]], [range(40)], eyes, SETTINGS, 0, processes)]
+        for processes in (1, 2)
+    )
+    np.testing.assert_array_equal(alone, together)

@@ -11,7 +11,7 @@ from PIL import Image
 from builders.folders import list_classes
 from builders.image_sets import FolderImages
 from builders.images import UnusableImage
-from builders.scan import usable_images
+from builders.scan import Usable, usable_images
 from nrrdd_format.errors import DataError
 
 ANTS = np.arange(6, dtype=np.int64)
@@ -33,15 +33,22 @@ def folder(tmp_path: Path) -> FolderImages:
     return list_classes(tmp_path, ["ant", "cat"], 8)
 
 
+def scan(folder: FolderImages, candidates: np.ndarray, needed: int) -> Usable:
+    """Of one class."""
+    (found,) = usable_images(folder, [candidates], needed=needed)
+    return found
+
+
 def test_a_sound_class_gives_the_first_images_asked_for(folder: FolderImages) -> None:
-    found = usable_images(folder, ANTS[::-1], needed=3)
+    found = scan(folder, ANTS[::-1], 3)
     assert found.indices == [5, 4, 3]
     assert found.bad == []
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_bad_files_are_passed_over_and_named(folder: FolderImages, threads: int) -> None:
-    found = usable_images(folder, CATS, needed=3, threads=threads)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_bad_files_are_passed_over_and_named(folder: FolderImages, processes: int) -> None:
+    ants, found, none = usable_images(folder, [ANTS, CATS, CATS[:0]], needed=3, processes=processes)
+    assert ants.indices == [0, 1, 2] and not ants.bad and not none.indices
     assert found.indices == [6, 9, 11]
     assert [name for name, _ in found.bad] == ["cat/1.png", "cat/2.png", "cat/4.png"]
     assert [reason.split("(")[0].strip() for _, reason in found.bad] == [
@@ -52,19 +59,19 @@ def test_bad_files_are_passed_over_and_named(folder: FolderImages, threads: int)
 
 
 def test_nothing_is_read_beyond_what_is_needed(folder: FolderImages) -> None:
-    found = usable_images(folder, CATS, needed=1)
+    found = scan(folder, CATS, 1)
     assert found.indices == [6]
     assert found.bad == []
 
 
 def test_a_class_with_too_few_gives_what_it_has(folder: FolderImages) -> None:
-    found = usable_images(folder, CATS, needed=6)
+    found = scan(folder, CATS, 6)
     assert found.indices == [6, 9, 11]
     assert len(found.bad) == 3
 
 
 def test_only_the_candidates_are_taken(folder: FolderImages) -> None:
-    found = usable_images(folder, CATS[[5, 1]], needed=6)
+    found = scan(folder, CATS[[5, 1]], 6)
     assert found.indices == [11]
     assert [name for name, _ in found.bad] == ["cat/1.png"]
 
@@ -72,5 +79,5 @@ def test_only_the_candidates_are_taken(folder: FolderImages) -> None:
 def test_a_file_that_cannot_be_read_is_not_replaced(folder: FolderImages) -> None:
     (folder.root / "ant" / "0.png").unlink()
     with pytest.raises(DataError, match=r"ant/0\.png: cannot be read") as caught:
-        usable_images(folder, ANTS, needed=3)
+        scan(folder, ANTS, 3)
     assert not isinstance(caught.value, UnusableImage)

@@ -23,6 +23,7 @@ from builders.discovery import Eyes
 from builders.label_refinement import MixDraws, Mixes, PairTables, label_refinement_loss, partner_choices
 from builders.models import create_model
 from builders.passes import Passes
+from builders.pipeline import COMPILING_PAYS, compile_notice
 from builders.refinement import (
     REPORT_STEPS,
     MaskedAdam,
@@ -476,3 +477,18 @@ def test_what_cannot_be_compiled_as_a_whole_is_refused_in_one_line(fresh_compile
 def test_other_errors_stay_what_they_are() -> None:
     with pytest.raises(RuntimeError, match="out of memory"), compile_errors():
         raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize(
+    ("compile", "device", "steps", "told"),
+    [
+        (True, "cpu", 1, "the first step compiles"),
+        (True, "cuda", 0, None),
+        (False, "cuda", COMPILING_PAYS, "(--compile) takes a minute"),
+        (False, "cuda", COMPILING_PAYS - 1, None),
+        (False, "cpu", COMPILING_PAYS, None),
+    ],
+)
+def test_what_compiling_takes_or_would_save_is_said(compile: bool, device: str, steps: int, told: str | None) -> None:
+    notice = compile_notice(replace(SETTINGS, compile=compile), torch.device(device), steps)
+    assert notice is None if told is None else notice is not None and told in notice

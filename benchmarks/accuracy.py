@@ -113,7 +113,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--teacher-epochs", type=int, metavar="N", help="of its training (preset's)")
     parser.add_argument("--teacher-checkpoint", type=Path, metavar="FILE", help="a trained teacher (OUT/teacher.pt)")
     parser.add_argument(
-        "--processes", type=int, default=1, metavar="N", help="run so many at a time, which take turns on a GPU (1)"
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="datasets at a time, which take turns on a GPU (1)",
     )
     parser.add_argument("--collect", action="store_true", help="run nothing: report on the cells that OUT holds")
     add_device(parser)

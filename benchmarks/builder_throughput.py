@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,10 +29,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.command import add_device, pick_device, run
 from benchmarks.loader_data import MEAN, STD, picture
 from benchmarks.plain_recover import recover
-from benchmarks.results_io import markdown_table, provenance, provenance_text, usable_cores, write_json, write_text
+from benchmarks.results_io import markdown_table, provenance, provenance_text, write_json, write_text
 from benchmarks.wide_build import untrained, write_images
 from builders.cam import ClassActivation
 from builders.config import DiscoverySettings, RefinementSettings
+from builders.cores import usable_cores
 from builders.discovery import Eyes, class_groups, discover_groups
 from builders.folders import list_classes
 from builders.image_sets import FolderImages
@@ -64,12 +66,12 @@ NOTES = """\
 *plain recovery* is SRe2L's loop written plainly (`benchmarks/plain_recover.py`): one pass of the teacher a step. *nrrdd
 without label refinement* does the same work; *nrrdd* has the second pass, on mixed images, that NRR-DD adds.
 *compiled*: through torch.compile (`--compile`). *First call*: wall time of an untimed call, which compiles. On a GPU
-ms are wall time; on a CPU they are the cores' own time, which other work on the machine stretches far less, so that
-every figure is one core's. TFLOP/s count convolutions and linear layers, and stand beside what a large matrix product
-reaches in the same precision in the same run. Hours: images of ImageNet-1k times 2000 iterations at that ms. Cosine:
-between a gradient and the one in fp32, not compiled, at the same pixels, the least over five steps. Peak memory: the
-process's (CPU) or what torch allocated (GPU). *teacher alone*: as many forward passes as the stage makes, on images
-that are ready.
+ms are wall time; on a CPU they are the cores' own time, that of reading processes included, which other work on the
+machine stretches far less, so that every figure is one core's. TFLOP/s count convolutions and linear layers, and stand
+beside what a large matrix product reaches in the same precision in the same run. Hours: images of ImageNet-1k times
+2000 iterations at that ms. Cosine: between a gradient and the one in fp32, not compiled, at the same pixels, the least
+over five steps. Peak memory: the process's without those that read (CPU) or what torch allocated (GPU). *teacher
+alone*: as many forward passes as the stage makes, on images that are ready.
 """
 
 
@@ -430,10 +432,16 @@ def _time(case: Case, device: torch.device) -> tuple[float, float, int | None]:
     call = case.prepare()
     _forget_peak(device)
     _wait(device)
-    started, processor = time.perf_counter(), time.process_time()
+    started, processor = time.perf_counter(), _processor_seconds()
     call()
     _wait(device)
-    return time.perf_counter() - started, time.process_time() - processor, _peak(device)
+    return time.perf_counter() - started, _processor_seconds() - processor, _peak(device)
+
+
+def _processor_seconds() -> float:
+    """The cores' time of this process and of those it has waited for, which read images."""
+    ended = os.times()
+    return time.process_time() + ended.children_user + ended.children_system
 
 
 def _timing(

@@ -28,7 +28,8 @@ from benchmarks.builder_throughput import (
     some_labels,
 )
 from benchmarks.command import add_device, run
-from benchmarks.results_io import markdown_table, provenance, provenance_text, usable_cores, write_json, write_text
+from benchmarks.results_io import markdown_table, provenance, provenance_text, write_json, write_text
+from builders.cores import usable_cores
 from builders.discovery import Eyes
 from builders.label_refinement import MixDraws
 from builders.passes import Passes

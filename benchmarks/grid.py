@@ -14,8 +14,9 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ import torch
 
 from benchmarks.completion import complete
 from benchmarks.footprint import Footprint, measure, soft_label_bytes
-from benchmarks.results_io import circumstances, refuse_other, usable_cores, write_json
+from benchmarks.results_io import circumstances, make_folder, refuse_other, write_json
 from benchmarks.student import Labels, StudentConfig, load_dataset_teacher, train_student
 from benchmarks.teacher import TeacherConfig, summary, train_and_save
 from builders.config import PATCH_OPTIONS, BuildConfig, Confidence, Init, Mask
+from builders.cores import reading_threads
+from builders.parent import end_with_parent
 from builders.pipeline import build
 from builders.sources import Source
 from nrrdd_format.dataset import open_dataset
@@ -264,24 +267,36 @@ def _results(
     by_dataset: dict[Path, list[Cell]] = {}
     for cell in cells:
         by_dataset.setdefault(dataset_path(grid, cell), []).append(cell)
-    with ProcessPoolExecutor(
+    logs = grid.out / "logs"
+    make_folder(logs)
+    pool = ProcessPoolExecutor(
         processes,
         mp_context=get_context("spawn"),  # CUDA does not survive a fork
         initializer=_begin_process,
-        initargs=(max(1, usable_cores() // processes),),
-    ) as pool:
+        initargs=(processes, logs),
+    )
+    try:
         running = [pool.submit(_run_cells, grid, group, source, origin) for group in by_dataset.values()]
-        try:
-            for group in as_completed(running):
-                yield from group.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        for group in as_completed(running):
+            yield from group.result()
+    except BaseException as error:
+        for child in active_children():
+            child.terminate()  # or they would go through all that is left
+        if isinstance(error, BrokenProcessPool):
+            raise ConfigError(
+                "a process of the grid has died; if memory ran out, lower --processes; finished students are kept"
+            ) from error
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _begin_process(threads: int) -> None:
-    """Takes the process's share of the cores; the bars of several processes would overwrite each other."""
-    torch.set_num_threads(threads)
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+def _begin_process(processes: int, logs: Path) -> None:
+    """Takes the process's share of the cores, and a file for what it says: several would talk at once."""
+    end_with_parent()
+    os.environ["LOCAL_WORLD_SIZE"] = str(processes)
+    torch.set_num_threads(reading_threads(None))
+    sys.stderr = (logs / f"{os.getpid()}.log").open("w", buffering=1)
 
 
 def _run_cells(grid: Grid, cells: Sequence[Cell], source: Source, origin: Origin) -> list[tuple[Cell, Result]]:
@@ -326,7 +341,8 @@ def _refuse_mix(grid: Grid, table: Table, missing: Iterable[Cell]) -> None:
 def run_cell(grid: Grid, cell: Cell, source: Source, origin: Origin) -> Result:
     """Builds, trains and tests a cell; writes its result and returns it."""
     dataset = labelled_dataset(grid, cell, origin)
-    student = train_student(dataset, source, student_config(grid, cell))
+    config = student_config(grid, cell)
+    student = train_student(dataset, source, config)
     with open_dataset(dataset) as opened:
         footprint, manifest = measure(opened), opened.manifest
         soft, top5 = soft_label_bytes(opened), soft_label_bytes(opened, "top5")
@@ -339,7 +355,7 @@ def run_cell(grid: Grid, cell: Cell, source: Source, origin: Origin) -> Result:
         images=cell.images,
         labels=cell.labels,
         seed=cell.seed,
-        epochs=grid.epochs,
+        epochs=config.epochs,
         stored_epochs=stored_epochs(grid),
         iterations=build_config(grid, cell).iterations,
         build=dict(cell.build),

@@ -20,7 +20,8 @@ from torch import nn
 
 from benchmarks.command import add_device, pick_device, run
 from benchmarks.loader_data import CLASSES, Data, write_data
-from benchmarks.results_io import markdown_table, provenance, provenance_text, usable_cores, write_json, write_text
+from benchmarks.results_io import markdown_table, provenance, provenance_text, write_json, write_text
+from builders.cores import usable_cores
 from builders.models import create_model
 from builders.progress import Progress
 from loaders import DBRBatch, DBRLoader, DBRLoss

@@ -27,7 +27,8 @@ from benchmarks.command import run
 from benchmarks.mutants import Mutant
 from benchmarks.mutation_check import MAX_MEMORY, MAX_SECONDS, Bench, Verdict, limit_memory, peak_memory
 from benchmarks.mutation_parts import Draw, make_bases
-from benchmarks.results_io import markdown_table, provenance, provenance_text, usable_cores, write_json, write_text
+from benchmarks.results_io import markdown_table, provenance, provenance_text, write_json, write_text
+from builders.cores import usable_cores
 from builders.progress import Progress
 
 MODULE = "benchmarks.mutations"

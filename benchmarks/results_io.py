@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import platform
 import shlex
 import sys
@@ -13,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from builders.cores import usable_cores
 from nrrdd_format.errors import ConfigError, OutputError
 from nrrdd_format.files import atomic_write
 
@@ -80,13 +80,6 @@ def hardware() -> dict[str, Any]:
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"processor": _processor(), "cores": usable_cores(), "gpu": gpu}
-
-
-def usable_cores() -> int:
-    """Processor cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -25,10 +25,10 @@ from benchmarks.results_io import (
     markdown_table,
     provenance,
     provenance_text,
-    usable_cores,
     write_json,
     write_text,
 )
+from builders.cores import usable_cores
 from builders.models import create_model
 from builders.teacher import save_checkpoint
 from nrrdd_format.errors import NrrddError

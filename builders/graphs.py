@@ -1,15 +1,15 @@
 """A pass recorded as a CUDA graph: the GPU replays its hundreds of kernels without waiting for Python to launch each.
 
 A graph is a fixed list of kernels on fixed memory. So the inputs of every call are copied to where those of the first
-lay, and what comes out is copied away before the next call overwrites it. The kernels are the same ones, and so is
-what they compute.
+lay, and what comes out is copied away before the next call overwrites it. What is computed stays the same, up to the
+rounding of the convolutions that cuDNN finds fastest.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,11 @@ class Graphed:
                 return self._give_up(function, inputs, error)
         return self._recordings[key].replay(inputs)
 
+    def forget(self) -> None:
+        """Gives back the memory of all recordings, which nothing else can use."""
+        self._recordings.clear()
+        self._memory = None
+
     def _record(self, function: Pass, inputs: Inputs) -> _Recording:
         fixed = tuple(None if each is None else each.detach().clone() for each in inputs)
         # Recording does not work on the default stream.
@@ -81,9 +86,15 @@ class Graphed:
         return outputs
 
 
-def _fastest_convolutions() -> AbstractContextManager[None]:
+@contextmanager
+def _fastest_convolutions() -> Iterator[None]:
     """cuDNN tries its kernels in the first call and keeps the fastest; the shapes stay the same for hours."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32)
+    usual = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = usual
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,6 +108,6 @@ class _Recording:
     def replay(self, inputs: Inputs) -> Outputs:
         for fixed, given in zip(self.inputs, inputs, strict=True):
             if fixed is not None and given is not None:
-                fixed.copy_(given)
+                fixed.copy_(given.detach())  # pixels under jitter have a history, which would grow with every step
         self.graph.replay()
         return tuple(output.clone() for output in self.outputs)

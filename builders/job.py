@@ -187,6 +187,8 @@ def prepare(config: BuildConfig, ranks: Ranks) -> Job:
     else:
         settings = plan_settings(replace(config, ipc=given.ipc), source, given.codec)
     device = ranks.device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else every rank would take memory of the first GPU, too
     settings = _with_precision(settings, config, device)
     teacher = load_teachers(
         config.teachers,

@@ -99,7 +99,9 @@ def refinement_seconds(job: Job, images: NDArray[np.uint8]) -> float:
 
     if passes.settings.compile:
         run()
-    return _warm(run) / STEPS
+    seconds = _warm(run) / STEPS
+    passes.forget_graphs()
+    return seconds
 
 
 def encoding(job: Job, images: NDArray[np.uint8]) -> tuple[float, float]:

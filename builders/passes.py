@@ -36,6 +36,10 @@ class Passes:
         self._forward_mixed = compiled(self.mixed_loss, settings.compile)
         self._graphed = Graphed(eyes.device)
 
+    def forget_graphs(self) -> None:
+        """Once no batch is left: gives back the GPU's memory that the graphs hold."""
+        self._graphed.forget()
+
     def unmixed(self, pixels: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The gradient of L_ce + α_bn·L_bn, like the pixels float32, and the terms (scalars, unweighted)."""
         gradient, cross_entropy, batchnorm = self._graphed(self._unmixed, pixels, targets)

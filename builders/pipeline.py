@@ -40,7 +40,7 @@ from builders.job import (
 )
 from builders.log import write_build_log
 from builders.passes import Passes
-from builders.prefetch import reading_processes
+from builders.prefetch import named_deaths, reading_processes
 from builders.progress import Progress
 from builders.ranks import joined_ranks
 from builders.refinement import refine_batch
@@ -62,6 +62,9 @@ COMPILING_PAYS = 10_000
 
 def build(config: BuildConfig) -> Path:
     """Builds the dataset that the configuration describes, or goes on with it; returns its folder.
+
+    Images are read by processes of their own: where those are not forked (on macOS, and from Python 3.14 on), a script
+    that builds needs the guard `if __name__ == "__main__":`.
 
     Raises:
         NrrddError: an option, the source images, the teacher or the output folder cannot be used.
@@ -147,7 +150,7 @@ def scan(job: Job) -> list[NDArray[np.int64]]:
     candidates = [members[label][order] for label, order in zip(mine, orders, strict=True)]
     processes = reading_processes(job.config.threads, sum(min(needed, len(each)) for each in candidates))
     found_by_class = usable_images(job.source.train, candidates, needed=needed, processes=processes)
-    with Progress(len(mine), "scan", "class") as progress:
+    with Progress(len(mine), "scan", "class") as progress, named_deaths():
         for label, found in zip(mine, found_by_class, strict=True):
             job.scan.save_json(CLASS_JSON.format(label), {"indices": found.indices, "bad": found.bad})
             progress.advance()
@@ -182,7 +185,7 @@ def discover(job: Job, usable: list[NDArray[np.int64]]) -> None:
     mine = [group for group in job.ranks.share(groups) if not job.discovery.has(FLAT_MAPS.format(group[0]))]
     read = sum(min(settings.images_needed, len(usable[label])) for group in mine for label in group)
     processes = reading_processes(job.config.threads, read)
-    with Progress(sum(map(len, mine)), "discover", "class") as progress:
+    with Progress(sum(map(len, mine)), "discover", "class") as progress, named_deaths():
         for found in discover_groups(job.source.train, mine, usable, job.eyes, settings, job.config.seed, processes):
             for one in found.classes:
                 job.discovery.save_array(CLASS_ARRAY.format(one.label), one.images)
@@ -215,6 +218,7 @@ def refine(job: Job) -> None:
             )
             job.refinement.save_json(BATCH_LOSSES.format(batch), result.losses)
             job.refinement.save_array(BATCH_ARRAY.format(batch), result.images)
+    passes.forget_graphs()
     job.ranks.meet()
 
 

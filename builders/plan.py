@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from builders import measurements
 from builders.assembly import ENTRY, check_manifest, is_built
 from builders.config import BuildConfig
+from builders.cores import reading_threads
 from builders.discovery import class_groups
 from builders.job import (
     BATCH_ARRAY,
@@ -35,7 +36,6 @@ from builders.job import (
     prepare,
 )
 from builders.pipeline import check_teacher, refuse_small_classes
-from builders.prefetch import reading_threads
 from builders.quantities import shown_duration, shown_size
 from builders.ranks import Ranks, joined_ranks
 from builders.workdir import Stage

@@ -6,12 +6,10 @@ second than two.
 
 from __future__ import annotations
 
-import os
-import threading
-import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from builders.cores import reading_threads, usable_cores
+from builders.parent import end_with_parent
 from nrrdd_format.errors import DataError
 
 Item = TypeVar("Item")
@@ -29,8 +29,6 @@ AHEAD = 16
 """Results that may wait for each thread."""
 CHUNK = 16
 """Items that a process takes at a time, and at most two times as many results of it wait: at 224 px 5 MB."""
-PARENT_SECONDS = 0.5
-"""Between two looks of a process at whether the build that started it lives."""
 WORTH = 500
 """Items below which starting processes takes longer than they save."""
 
@@ -61,10 +59,11 @@ def in_processes(
 ) -> Generator[Result, None, None]:
     """`function` of every item, in order, computed ahead in `processes` processes; one computes here, as it is asked.
 
-    A `DataError` comes where its result would have come.
+    A `DataError` comes where its result would have come; other errors in a process come as torch words them.
 
     Args:
-        function: from an item to a result; where processes are not forked, both are pickled with it.
+        function: from an item to a result; where processes are not forked, it is pickled, and a script that comes here
+            needs the guard `if __name__ == "__main__":`.
         items: integers.
         processes: see `reading_processes`.
 
@@ -82,14 +81,25 @@ def in_processes(
         num_workers=processes,
         collate_fn=_as_it_is,
         generator=generator,
-        worker_init_fn=_end_with_parent,
+        worker_init_fn=_begin_reading,
     )
-    try:
+    with named_deaths():
         for results in loader:
             for result in results:
                 if isinstance(result, _Raised):
                     raise result.error
                 yield result
+
+
+@contextmanager
+def named_deaths() -> Iterator[None]:
+    """For the work between two results, too: torch tells of a process's death wherever the caller is at that moment.
+
+    Raises:
+        DataError: a process of `in_processes` has died.
+    """
+    try:
+        yield
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
@@ -97,16 +107,8 @@ def in_processes(
 
 
 def reading_processes(threads: int | None, items: int) -> int:
-    """Processes that read so many images for one rank: as many as it computes with threads, one for a few."""
-    return reading_threads(threads) if items >= WORTH else 1
-
-
-def reading_threads(threads: int | None) -> int:
-    """What one rank computes and reads with; by default its share of the machine's cores."""
-    if threads is not None:
-        return threads
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """Processes that read so many images for one rank: one for a few, else one a thread, no more than cores."""
+    return min(reading_threads(threads), usable_cores()) if items >= WORTH else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,16 +138,9 @@ class _Chunks(Dataset[list[Any]], Generic[Result]):
         return results
 
 
-def _end_with_parent(number: int) -> None:
-    """Watches whether the build lives: torch's own watch waits for ever where nobody takes large results any more."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(PARENT_SECONDS)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _begin_reading(number: int) -> None:
+    """torch's own watch waits for ever where nobody takes large results any more."""
+    end_with_parent()
 
 
 def _as_it_is(results: list[Any]) -> list[Any]:

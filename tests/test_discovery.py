@@ -237,7 +237,7 @@ def test_groups_cover_every_class_once_whatever_a_class_needs() -> None:
 
 
 def test_a_file_that_vanished_is_named(eyes: Eyes, tmp_path: Path) -> None:
-    """The error of a reading thread reaches the caller as it is."""
+    """The error of reading reaches the caller as it is."""
     (tmp_path / "ant").mkdir()
     for number in range(6):
         Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "ant" / f"{number}.png")

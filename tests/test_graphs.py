@@ -14,7 +14,7 @@ from benchmarks.student import StudentConfig, train_student
 from builders.cam import ClassActivation
 from builders.config import BuildConfig, RefinementSettings
 from builders.discovery import Eyes
-from builders.graphs import Graphed, Outputs
+from builders.graphs import Graphed, Outputs, _Recording
 from builders.label_refinement import PairTables
 from builders.models import create_model
 from builders.passes import Passes
@@ -72,6 +72,20 @@ def test_elsewhere_than_on_a_gpu_nothing_is_recorded() -> None:
     assert graphed(doubled, torch.ones(2), torch.ones(2))[0].tolist() == [3, 3]
 
 
+class _NoGraph:
+    def replay(self) -> None:
+        """Leaves the outputs as they are."""
+
+
+def test_a_recording_keeps_no_history_of_its_inputs() -> None:
+    """Pixels under jitter have one, and it would grow with every step."""
+    fixed = torch.zeros(2)
+    recording = _Recording(graph=_NoGraph(), inputs=(fixed, None), outputs=(fixed,))  # type: ignore[arg-type]
+    given = torch.ones(2, requires_grad=True) * 3
+    assert recording.replay((given, None))[0].tolist() == [3, 3]
+    assert not fixed.requires_grad
+
+
 @pytest.mark.gpu
 def test_a_recording_serves_every_input_of_its_shape() -> None:
     graphed = Graphed(torch.device("cuda"))
@@ -96,11 +110,13 @@ def test_what_cannot_be_recorded_still_runs_and_is_said(capsys: pytest.CaptureFi
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("jitter", [False, True])
 def test_graphs_give_what_the_kernels_alone_give(
-    precision: str, compile: bool, monkeypatch: pytest.MonkeyPatch
+    precision: str, compile: bool, jitter: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gradients of both passes over several steps, for two sizes of batches in turn."""
-    watched, settings = eyes("cuda"), replace(SETTINGS, precision=precision, compile=compile)  # type: ignore[arg-type]
+    settings = replace(SETTINGS, precision=precision, compile=compile, jitter=jitter)  # type: ignore[arg-type]
+    watched = eyes("cuda")
     graphed, alone = Passes(watched, settings), Passes(watched, settings)
     monkeypatch.setattr(alone, "_graphed", lambda function, *inputs: function(*inputs))
     for count in (12, 7, 12):

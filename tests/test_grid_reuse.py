@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +195,31 @@ def test_students_are_trained_in_several_processes(tmp_path: Path, capsys: pytes
     assert len(made) == 4
     assert accuracy.main(command) == 0  # all are there
     assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()}
+
+
+def _fails(grid: Grid, cells: list[Cell], source: object, origin: Origin) -> list[object]:
+    """In the place of `_run_cells`: the first group fails, the others note that they ran."""
+    if cells[0].seed == 0:
+        raise ConfigError("no such thing")
+    time.sleep(2)
+    (grid.out / f"ran-{cells[0].seed}").touch()
+    return []
+
+
+def _dies(grid: Grid, cells: list[Cell], source: object, origin: Origin) -> list[object]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("run", "message"), [(_fails, "no such thing"), (_dies, "has died.*--processes")])
+def test_what_is_left_is_not_run_after_an_error(
+    grid: Grid, run: Callable[..., Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr("benchmarks.grid._run_cells", run)
+    many = replace(grid, seeds=tuple(range(8)))
+    with pytest.raises(ConfigError, match=message):
+        run_grid(many, load_source("digits", data_dir=None), processes=2)
+    assert not active_children()
+    assert len(list(grid.out.glob("ran-*"))) <= 1

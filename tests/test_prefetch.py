@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from builders.cores import usable_cores
 from builders.images import UnusableImage
-from builders.prefetch import AHEAD, CHUNK, WORTH, in_processes, in_threads, reading_processes
+from builders.prefetch import AHEAD, CHUNK, WORTH, in_processes, in_threads, named_deaths, reading_processes
 from nrrdd_format.errors import DataError
 
 
@@ -90,7 +91,7 @@ def test_a_process_that_dies_is_named_and_not_waited_for() -> None:
 
 def test_a_few_images_are_read_in_this_process() -> None:
     assert reading_processes(8, WORTH - 1) == 1
-    assert reading_processes(8, WORTH) == 8
+    assert reading_processes(8, WORTH) == min(8, usable_cores())
     assert reading_processes(1, 10**6) == 1
 
 
@@ -99,30 +100,67 @@ def _large(noted: Path, item: int) -> bytes:
     return bytes(1 << 20)
 
 
+def _dies_later(item: int) -> int:
+    if item == 40:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def test_a_process_that_dies_while_the_caller_works_is_named() -> None:
+    """torch tells of it wherever the caller is at that moment."""
+    with pytest.raises(DataError, match="a process that reads images has died"), named_deaths():
+        for _ in in_processes(_dies_later, range(64), 2):
+            time.sleep(0.1)
+
+
+def test_other_errors_are_no_deaths() -> None:
+    with pytest.raises(RuntimeError, match="out of memory"), named_deaths():
+        raise RuntimeError("out of memory")
+
+
 _READ_AND_BE_KILLED = """
-import os, signal, sys
+import multiprocessing, os, signal, sys
 from functools import partial
 from pathlib import Path
-sys.path.insert(0, str(Path(sys.argv[1])))
+sys.path.insert(0, sys.argv[1])
 from builders.prefetch import in_processes
 from test_prefetch import _large
-results = in_processes(partial(_large, Path(sys.argv[2])), range(500), 2)
-for _ in range(40):
-    next(results)
-os.kill(os.getpid(), signal.SIGKILL)
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[3])
+    results = in_processes(partial(_large, Path(sys.argv[2])), range(500), 2)
+    for _ in range(40):
+        next(results)
+    os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_no_process_outlives_a_killed_build(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "method",
+    ["fork", pytest.param("forkserver", marks=pytest.mark.slow), pytest.param("spawn", marks=pytest.mark.slow)],
+)
+def test_no_process_outlives_a_killed_build(tmp_path: Path, method: str) -> None:
     """With results in the pipes that nobody takes any more."""
-    here = Path(__file__).parent
-    killed = subprocess.run([sys.executable, "-c", _READ_AND_BE_KILLED, str(here), str(tmp_path)], check=False)
+    script, noted = tmp_path / "read.py", tmp_path / "noted"
+    script.write_text(_READ_AND_BE_KILLED)
+    noted.mkdir()
+    command = [sys.executable, str(script), str(Path(__file__).parent), str(noted), method]
+    killed = subprocess.run(command, check=False, cwd=Path(__file__).parent.parent)
     assert killed.returncode == -signal.SIGKILL
-    left = {int(process) for process in os.listdir(tmp_path)}
+    left = {int(process) for process in os.listdir(noted)}
     assert len(left) == 2
     for _ in range(200):
-        left = {process for process in left if Path(f"/proc/{process}").exists()}
+        left = {process for process in left if _lives(process)}
         if not left:
             return
         time.sleep(0.1)
     pytest.fail(f"processes {left} still read")
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{process}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"

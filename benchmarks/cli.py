@@ -260,7 +260,11 @@ def _add_loss(group: argparse._ArgumentGroup) -> None:
         "--distance", choices=("l1", "huber", "squared"), default="l1", help="of dbr: how distances are compared"
     )
     group.add_argument(
-        "--soft-temperature", type=float, default=1.0, metavar="T", help="of soft: temperature of the KL (1; RDED: 20)"
+        "--soft-temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="of soft and completed labels: temperature of the KL (1; RDED: 20)",
     )
 
 

@@ -104,6 +104,12 @@ CHOICES = {
         ),
         Choice(title="radius r", of="student", option="radius", values=(0.1, 0.3, 0.4, 0.5, 0.7)),
         Choice(title="error of a distance", of="student", option="distance", values=("l1", "huber", "squared")),
+        Choice(
+            title="temperature of soft and completed labels",
+            of="student",
+            option="soft_temperature",
+            values=(1.0, 2.0, 4.0, 8.0, 20.0),
+        ),
         Choice(title="pairs in a batch of the student", of="student", option="batch_size", values=(10, 25, 50, 100)),
         Choice(title="epochs of the student", of="student", option="epochs", values=(100, 300, 1000, 3000)),
     )

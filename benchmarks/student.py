@@ -48,7 +48,8 @@ BatchTerms = Callable[[Tensor, DBRBatch], dict[str, Tensor]]
 
 LABELS_OF_OPTION: dict[str, tuple[Labels, ...]] = {
     **dict.fromkeys(("radius", "sce", "distance"), ("dbr",)),
-    **dict.fromkeys(("soft_temperature", "teacher_checkpoint"), ("soft", "soft-top5")),
+    "soft_temperature": ("soft", "soft-top5", "dbr-completed"),
+    "teacher_checkpoint": ("soft", "soft-top5"),
 }
 """Options that only some kinds of labels have a use for."""
 
@@ -69,7 +70,7 @@ class StudentConfig:
     sce: Sce = "sample"
     distance: Distance = "l1"
     soft_temperature: float = 1.0
-    """Of both softmaxes of the soft labels' KL; RDED uses 20."""
+    """Of both softmaxes of the KL to soft or completed labels; RDED uses 20."""
     teacher_checkpoint: Path | tuple[Path, ...] | None = None
     """The dataset's teacher, for soft labels; one file for each member of an ensemble, in the manifest's order."""
     seed: int = 0
@@ -245,14 +246,14 @@ def pick_batch_size(asked: int | None, manifest: Manifest) -> int:
 
 def make_terms(config: StudentConfig, manifest: Manifest) -> BatchTerms:
     """The loss for the labels asked for."""
+    temperature = manifest.records.temperature
     if config.labels == "dbr":
-        temperature = manifest.records.temperature
         return DBRLoss(radius=config.radius, sce=config.sce, distance=config.distance, temperature=temperature).terms
     if config.labels in ("soft", "soft-top5"):
         return _soft_terms(load_dataset_teacher(manifest, config.teacher_checkpoint, config.device), config)
     losses = {
-        "compact": CompactLoss(temperature=manifest.records.temperature),
-        "dbr-completed": CompletedDBRLoss(temperature=manifest.records.temperature),
+        "compact": CompactLoss(temperature=temperature),
+        "dbr-completed": CompletedDBRLoss(temperature=temperature, soft_temperature=config.soft_temperature),
         "one-hot": OneHotLoss(),
     }
     loss = losses[config.labels]

@@ -19,6 +19,8 @@ from nrrdd_format.errors import ConfigError
 
 PRIOR_FLOOR = 1e-4
 """The least share of a class in the mixed prior of a pair, before normalisation."""
+SOFT_FLOOR = 1e-4
+"""Of a completed label's probabilities at a higher temperature: measured (docs/method.md)."""
 
 Sce = Literal["sample", "batch", "target", "entropy"]
 Distance = Literal["l1", "huber", "squared"]
@@ -163,18 +165,27 @@ class CompletedDBRLoss(nn.Module):
     Args:
         temperature: softmax temperature of the student; must be the teacher's
             (`DBRLoader.dataset_info.temperature`).
+        soft_temperature: T; both softmaxes are taken at T times that temperature, as `SoftLoss` does with the teacher's
+            logits, without the factor T**2. A label tells its least likely classes only roughly, and they count
+            the more the higher T is: none is taken as less than SOFT_FLOOR then.
     """
 
-    def __init__(self, *, temperature: float = 1.0) -> None:
+    def __init__(self, *, temperature: float = 1.0, soft_temperature: float = 1.0) -> None:
         super().__init__()
         _require(temperature > 0, f"temperature: found {temperature}, expected more than 0")
+        _require(soft_temperature > 0, f"soft_temperature: found {soft_temperature}, expected more than 0")
         self.temperature = temperature
+        self.soft_temperature = soft_temperature
 
     def forward(self, logits: Tensor, batch: DBRBatch) -> Tensor:
         """The loss of logits (B, C): a float32 scalar."""
         _check_sizes(logits, batch)
-        log_p = _log_softmax(logits, self.temperature)
-        return F.kl_div(log_p, completed_labels(batch, logits.shape[1]).to(log_p.dtype), reduction="batchmean")
+        log_p = _log_softmax(logits, self.temperature * self.soft_temperature)
+        labels = completed_labels(batch, logits.shape[1]).to(log_p.dtype)
+        if self.soft_temperature == 1:
+            return F.kl_div(log_p, labels, reduction="batchmean")
+        softened = _log_softmax(labels.clamp_min(SOFT_FLOOR).log(), self.soft_temperature)
+        return F.kl_div(log_p, softened, reduction="batchmean", log_target=True)
 
 
 def completed_labels(batch: DBRBatch, classes: int) -> Tensor:

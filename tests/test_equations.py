@@ -41,8 +41,8 @@ def grid(tmp_path: Path) -> Grid:
 
 
 def test_every_value_of_every_choice_is_a_sound_option(grid: Grid) -> None:
-    base = next(grid.cells())
     for choice in CHOICES.values():
+        base = replace(next(grid.cells()), labels="soft" if choice.option == "soft_temperature" else "dbr")
         for value in choice.values:
             cell = choice.cell(base, value)
             changed: Any = build_config(grid, cell) if choice.of == "build" else student_config(grid, cell)
@@ -56,8 +56,9 @@ def test_initial_images_without_patches_are_built_without_options_of_patches(gri
 
 
 def test_choices_among_patches_are_left_out_where_images_come_from_none() -> None:
-    every = set(CHOICES.values())
+    every = set(CHOICES.values()) - {CHOICES["soft-temperature"]}  # DBR has none
     assert set(choices_for("nrr+lr", "dbr")) == every
+    assert CHOICES["soft-temperature"] in choices_for("nrr+lr", "dbr-further3")
     assert every - set(choices_for("real+nrr+lr", "dbr")) == {CHOICES["confidence"], CHOICES["crop-score"]}
 
 
@@ -65,7 +66,7 @@ def test_choices_among_patches_are_left_out_where_images_come_from_none() -> Non
     ("images", "labels", "expected"),
     [
         ("random-real", "dbr", {"init", "temperature", "view-scale", "sce", "radius", "distance", *RECIPE}),
-        ("random-real", "soft", {"init", "view-scale", *RECIPE}),
+        ("random-real", "soft", {"init", "view-scale", "soft-temperature", *RECIPE}),
         ("random-real", "compact", {"init", "temperature", "view-scale", *RECIPE}),
         ("rded", "one-hot", {"confidence", "crop-score", "init", "view-scale", *RECIPE}),
     ],
@@ -79,6 +80,7 @@ def test_choices_of_a_part_that_is_off_are_left_out() -> None:
     assert every - {choice.option for choice in choices_for("nrr", "dbr")} == {
         "label_refinement",
         "label_refinement_views",
+        "soft_temperature",
     }
     masked = {"epsilon", "cam_every"}
     assert not masked & {choice.option for choice in choices_for("real+all-pixels", "dbr")}
@@ -105,11 +107,12 @@ def test_choices_between_named_alternatives_leave_none_out() -> None:
 
 
 def test_a_value_that_is_the_defaults_is_not_run_again(grid: Grid) -> None:
-    cells = all_cells(grid, list(CHOICES.values()))
+    choices = choices_for("nrr+lr", "dbr")
+    cells = all_cells(grid, choices)
     assert len({cell_path(grid, cell) for cell in cells}) == len(cells)
-    values = sum(len(choice.values) for choice in CHOICES.values())
+    values = sum(len(choice.values) for choice in choices)
     of_dataset = ("view-scale", "iterations", "epochs", "batch-size", "precision")  # these have the default nowhere
-    with_default = len(CHOICES) - len(of_dataset)
+    with_default = len(choices) - len(of_dataset)
     assert len(cells) == 2 * (1 + values - with_default)
 
 

@@ -26,7 +26,7 @@ from loaders import (
     SoftLoss,
     completed_labels,
 )
-from loaders.losses import PRIOR_FLOOR, Distance, Sce
+from loaders.losses import PRIOR_FLOOR, SOFT_FLOOR, Distance, Sce
 from nrrdd_format.errors import ConfigError
 
 CLASSES = 5
@@ -374,6 +374,52 @@ def test_top_labels_keep_the_highest_and_spread_the_rest_evenly() -> None:
 def test_gradients_of_dbr(sce: Sce, distance: Distance) -> None:
     loss = DBRLoss(sce=sce, distance=distance)
     assert torch.autograd.gradcheck(lambda logits: loss(logits, BATCH), LOGITS.double().requires_grad_())
+
+
+def told_in_full(teacher: Tensor) -> DBRBatch:
+    """The pairs of `BATCH`, whose labels tell all that the teacher's logits do."""
+    log_p = teacher.log_softmax(1)
+    own = torch.stack([BATCH.label_org, BATCH.label_aug], 1)
+    others = [[k for k in range(CLASSES) if k not in row] for row in own.tolist()]
+    width = min(map(len, others))  # a pair of one class leaves a class more, which takes the rest
+    classes = torch.tensor([row[:width] for row in others])
+    return replace(
+        BATCH,
+        distance_org=-log_p.gather(1, own[:, :1]).squeeze(1),
+        distance_aug=-log_p.gather(1, own[:, 1:]).squeeze(1),
+        further=ClassDistances(classes=classes, distances=-log_p.gather(1, classes)),
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0])
+def test_labels_told_in_full_are_soft_labels_at_any_temperature(temperature: float) -> None:
+    teacher = LOGITS.flip(0) * 0.7  # no probability below SOFT_FLOOR
+    assert teacher.softmax(1).min() > SOFT_FLOOR
+    found = CompletedDBRLoss(soft_temperature=temperature)(LOGITS, told_in_full(teacher))
+    assert found.item() == pytest.approx(SoftLoss(temperature)(LOGITS, BATCH, teacher).item(), rel=1e-4)
+
+
+def test_softened_labels_take_no_class_as_less_than_the_floor() -> None:
+    """Otherwise what a label cannot tell would weigh most."""
+    teacher = torch.zeros(len(LOGITS), CLASSES)
+    teacher[:, 0] = -40.0
+    expected = teacher.softmax(1).clamp_min(SOFT_FLOOR).log()
+    found = CompletedDBRLoss(soft_temperature=4.0)(LOGITS, told_in_full(teacher))
+    assert found.item() == pytest.approx(SoftLoss(4.0)(LOGITS, BATCH, expected).item(), rel=1e-4)
+
+
+def test_a_temperature_of_the_labels_is_beside_the_teachers() -> None:
+    """With τ = 2 of the distances and T = 3 the student's softmax is at 6."""
+    teacher = LOGITS.flip(0) * 0.7
+    batch = told_in_full(teacher / 2)
+    found = CompletedDBRLoss(temperature=2.0, soft_temperature=3.0)(LOGITS, batch)
+    assert found.item() == pytest.approx(SoftLoss(6.0)(LOGITS, BATCH, teacher).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
+def test_a_temperature_of_completed_labels_is_positive(value: float) -> None:
+    with pytest.raises(ConfigError, match="soft_temperature: found"):
+        CompletedDBRLoss(soft_temperature=value)
 
 
 @pytest.mark.parametrize("loss", [OneHotLoss(), CompactLoss(), CompletedDBRLoss()])

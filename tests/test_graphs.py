@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.builder_throughput import refinement_settings
 from benchmarks.student import StudentConfig, train_student
 from builders.cam import ClassActivation
-from builders.config import BuildConfig, RefinementSettings
+from builders.config import BuildConfig
 from builders.discovery import Eyes
 from builders.graphs import Graphed, Outputs, _Recording
 from builders.label_refinement import PairTables
@@ -26,21 +27,7 @@ from builders.train_teacher import train_teacher
 from nrrdd_format.codebooks import MixTable, mix_codebook, view_codebook
 from nrrdd_format.verify import verify_dataset
 
-SETTINGS = RefinementSettings(
-    iterations=30,
-    learning_rate=0.05,
-    schedule="cosine",
-    mask="non-critical",
-    epsilon=0.5,
-    cam_every=0,
-    alpha_bn=0.01,
-    alpha_lr=1.0,
-    label_refinement="soft",
-    label_refinement_views=True,
-    jitter=False,
-    batch_size=100,
-    mix="cutmix",
-)
+SETTINGS = refinement_settings(iterations=30, batch_size=100)
 SIZE = 32
 TABLES = PairTables(
     views=view_codebook(0, SIZE, (0.3, 1.0), count=32),

@@ -31,7 +31,7 @@ from builders.config import PATCH_OPTIONS, BuildConfig, Confidence, Init, Mask
 from builders.cores import reading_threads
 from builders.parent import end_with_parent
 from builders.pipeline import build
-from builders.sources import Source
+from builders.sources import Source, load_source
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.errors import ConfigError
 from nrrdd_format.manifest import MANIFEST_NAME, Manifest
@@ -277,7 +277,7 @@ def _results(
         initargs=(processes, logs),
     )
     try:
-        running = [pool.submit(_run_cells, grid, group, source, origin) for group in by_dataset.values()]
+        running = [pool.submit(_run_cells, grid, group, origin) for group in by_dataset.values()]
         for group in as_completed(running):
             yield from group.result()
     except BaseException as error:
@@ -300,8 +300,12 @@ def _begin_process(processes: int, logs: Path) -> None:
     sys.stderr = (logs / f"{os.getpid()}.log").open("w", buffering=1)
 
 
-def _run_cells(grid: Grid, cells: Sequence[Cell], source: Source, origin: Origin) -> list[tuple[Cell, Result]]:
-    """In a process of its own: the cells of one dataset."""
+def _run_cells(grid: Grid, cells: Sequence[Cell], origin: Origin) -> list[tuple[Cell, Result]]:
+    """In a process of its own: the cells of one dataset.
+
+    It reads the source itself: what is sent must fit into a pipe, or the sender could wait for a process that has died.
+    """
+    source = load_source(grid.dataset, data_dir=grid.data_dir, test_dir=grid.test_dir)
     return [(cell, run_cell(grid, cell, source, origin)) for cell in cells]
 
 

@@ -197,7 +197,7 @@ def test_students_are_trained_in_several_processes(tmp_path: Path, capsys: pytes
     assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()}
 
 
-def _fails(grid: Grid, cells: list[Cell], source: object, origin: Origin) -> list[object]:
+def _fails(grid: Grid, cells: list[Cell], origin: Origin) -> list[object]:
     """In the place of `_run_cells`: the first group fails, the others note that they ran."""
     if cells[0].seed == 0:
         raise ConfigError("no such thing")
@@ -206,7 +206,7 @@ def _fails(grid: Grid, cells: list[Cell], source: object, origin: Origin) -> lis
     return []
 
 
-def _dies(grid: Grid, cells: list[Cell], source: object, origin: Origin) -> list[object]:
+def _dies(grid: Grid, cells: list[Cell], origin: Origin) -> list[object]:
     os.kill(os.getpid(), signal.SIGKILL)
     return []
 

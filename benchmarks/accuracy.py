@@ -132,7 +132,6 @@ def measure_accuracy(options: argparse.Namespace) -> int:
     grid = make_grid(options, source)
     if options.collect:
         require_teacher(grid.teacher_checkpoint)
-    if options.collect:
         table = read_cells(grid, grid.cells(), Origin.of(source))
     else:
         table = run_grid(grid, source, processes=options.processes)

@@ -20,7 +20,7 @@ from nrrdd_format.errors import ConfigError
 PRIOR_FLOOR = 1e-4
 """The least share of a class in the mixed prior of a pair, before normalisation."""
 SOFT_FLOOR = 1e-4
-"""Of a completed label's probabilities at a higher temperature: measured (docs/method.md)."""
+"""The least probability of a completed label at another temperature than 1: below PRIOR_FLOOR it tells nothing."""
 
 Sce = Literal["sample", "batch", "target", "entropy"]
 Distance = Literal["l1", "huber", "squared"]

@@ -33,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status (2: the user's mistake, 130: interrupted)."""
     try:
         config, dry = _parse(arguments)
+        if config.compile:
+            from builders.compiled import compile_apart
+
+            compile_apart()
         if dry:
             from builders.plan import plan
 

@@ -6,6 +6,9 @@ Shapes are compiled as they are, since a build has at most two sizes of batches.
 
 from __future__ import annotations
 
+import atexit
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
@@ -21,6 +24,17 @@ R = TypeVar("R")
 def compiled(function: Callable[P, R], wanted: bool) -> Callable[P, R]:
     """The function itself, or if `wanted` one that compiles it when it is first called."""
     return torch.compile(function, fullgraph=True, dynamic=False) if wanted else function
+
+
+def compile_apart() -> None:
+    """From here on this process's temporary files lie in a folder of its own, which goes when it ends.
+
+    Among them is what torch compiles (unless $TORCHINDUCTOR_CACHE_DIR says otherwise). All processes of a user share
+    those otherwise, and one killed while it writes leaves half a file, at which later ones fail.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="nrrdd-compiled-", ignore_cleanup_errors=True)
+    os.environ["TMPDIR"] = tempfile.tempdir = folder.name
+    atexit.register(folder.cleanup)
 
 
 @contextmanager

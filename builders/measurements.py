@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from builders.discovery import discover_groups
 from builders.encoding import encode_image
 from builders.given_images import stored_bytes
-from builders.image_sets import ImageSet
+from builders.image_sets import ArrayImages, ImageSet
 from builders.job import BATCH_ARRAY, Job
 from builders.passes import Passes
 from builders.reading import read_usable
@@ -62,8 +62,13 @@ def read_sample(images: ImageSet) -> tuple[NDArray[np.uint8], float]:
     return pixels.numpy(), seconds / len(order)
 
 
-def discovery_seconds(job: Job) -> float:
+def discovery_seconds(job: Job, read_seconds: float, processes: int) -> float:
     """Seconds for each image that discovery looks at: training images, or those it makes of noise.
+
+    Args:
+        job: the build.
+        read_seconds: that reading one image takes one process.
+        processes: how many read, beside the teacher if that runs on a GPU.
 
     Raises:
         DataError: too few images of the first class are usable to try it.
@@ -72,12 +77,18 @@ def discovery_seconds(job: Job) -> float:
     ipc = min(settings.ipc, max(1, DISCOVERED // max(1, settings.images_needed // settings.ipc)))
     small = replace(settings, ipc=ipc)
     members = np.flatnonzero(train.labels == 0)[: 2 * small.images_needed].tolist()
-    usable = [index for index in members if len(read_usable(train, [index])[1])][: small.images_needed]
-    if len(usable) < small.images_required:
+    pixels, labels = (part[: small.images_needed].numpy() for part in read_usable(train, members))
+    if len(labels) < small.images_required:
         name = job.source.class_names[0]
-        raise DataError(f"class {name}: {len(usable)} of the first {len(members)} training images are usable")
-    seconds = _warm(lambda: list(discover_groups(train, [[0]], [usable], job.eyes, small, job.config.seed)))
-    return seconds / (len(usable) or small.ipc)
+        raise DataError(f"class {name}: {len(labels)} of the first {len(members)} training images are usable")
+    numbers = np.arange(len(labels))
+    read = ArrayImages(
+        pixels=pixels.transpose(0, 2, 3, 1), labels=labels, numbers=numbers, prefix="read", size=job.source.size
+    )
+    seconds = _warm(lambda: list(discover_groups(read, [[0]], [numbers], job.eyes, small, job.config.seed)))
+    looking = seconds / (len(labels) or small.ipc)
+    reading = read_seconds / processes if len(labels) else 0.0
+    return max(looking, reading) if job.device.type == "cuda" else looking + reading
 
 
 def refinement_seconds(job: Job, images: NDArray[np.uint8]) -> float:

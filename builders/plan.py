@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from builders import measurements
 from builders.assembly import ENTRY, check_manifest, is_built
 from builders.config import BuildConfig
-from builders.cores import reading_threads
 from builders.discovery import class_groups
 from builders.job import (
     BATCH_ARRAY,
@@ -36,6 +35,7 @@ from builders.job import (
     prepare,
 )
 from builders.pipeline import check_teacher, refuse_small_classes
+from builders.prefetch import reading_processes
 from builders.quantities import shown_duration, shown_size
 from builders.ranks import Ranks, joined_ranks
 from builders.workdir import Stage
@@ -130,8 +130,8 @@ def _making(job: Job, images: NDArray[np.uint8], read_seconds: float) -> list[St
     """The stages that make images."""
     settings, classes, batches = job.settings.discovery, range(job.num_classes), job.batches
     pixels, steps = 3 * job.source.size**2, job.settings.refinement.iterations
-    threads = reading_threads(job.config.threads)
     looked_at = min(settings.images_needed, len(job.source.train) // len(classes))
+    processes = reading_processes(job.config.threads, looked_at * len(classes))
     discovered = looked_at or settings.ipc  # noise is made of no images
     return [
         _stage(
@@ -139,7 +139,7 @@ def _making(job: Job, images: NDArray[np.uint8], read_seconds: float) -> list[St
             "scan",
             "class",
             map(CLASS_JSON.format, classes),
-            lambda: looked_at * read_seconds / threads,
+            lambda: looked_at * read_seconds / processes,
             8 * looked_at,
         ),
         _stage(
@@ -147,7 +147,7 @@ def _making(job: Job, images: NDArray[np.uint8], read_seconds: float) -> list[St
             "discover",
             "class",
             map(CLASS_ARRAY.format, classes),
-            lambda: discovered * measurements.discovery_seconds(job),
+            lambda: discovered * measurements.discovery_seconds(job, read_seconds, processes),
             settings.ipc * pixels + ARRAY_HEADER,
         ),
         _stage(

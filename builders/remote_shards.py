@@ -1,4 +1,4 @@
-"""Shards of a source behind URLs: fetched once into a folder of the cache, one after the other, where they stay.
+"""Shards of a source behind URLs: fetched once into a folder of the cache, a few at a time, where they stay.
 
     <cache_dir>/sources/<host>-<folder>-<digest>/000.tar    a whole shard, under the name it has there
     <cache_dir>/sources/<host>-<folder>-<digest>/lock       held by the process that fetches
@@ -12,7 +12,9 @@ import hashlib
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -32,6 +34,8 @@ from nrrdd_format.remote import RefusedError, RemoteFolder, is_url
 
 ASKING_THREADS = 16
 """Requests for the size of a shard at a time."""
+FETCHING_THREADS = 4
+"""Shards on their way at a time: one connection seldom fills a link."""
 _NAME = re.compile(r"[^/.][^/]*\.tar")
 
 
@@ -112,8 +116,26 @@ def _fetch_all(remote: RemoteFolder, names: Sequence[str], target: Path, beside:
     _say(f"fetching {shards} {amount} from {remote.shown()} into {target} ({shown_size(free)} free)")
     _fetch_text(remote, beside, target)
     with Progress(total, "fetch", "B") as progress:
-        for name, size in zip(names, sizes, strict=True):
-            remote.retried(name, partial(_fetch, remote, name, size, target, progress))
+        _fetch_side_by_side(remote, dict(zip(names, sizes, strict=True)), target, progress)
+
+
+def _fetch_side_by_side(
+    remote: RemoteFolder, sizes: Mapping[str, int | None], target: Path, progress: Progress
+) -> None:
+    """Fetches shards of these sizes; the first fault ends those that are on their way, too."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(min(FETCHING_THREADS, len(sizes)), thread_name_prefix="fetch") as pool:
+        fetching = [
+            pool.submit(remote.retried, name, partial(_fetch, remote, name, size, target, progress, stop))
+            for name, size in sizes.items()
+        ]
+        try:
+            for done in as_completed(fetching):
+                done.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _sizes(remote: RemoteFolder, names: Sequence[str]) -> list[int | None]:
@@ -131,12 +153,20 @@ def _sizes(remote: RemoteFolder, names: Sequence[str]) -> list[int | None]:
     return sizes
 
 
-def _fetch(remote: RemoteFolder, name: str, size: int | None, target: Path, progress: Progress) -> None:
+class _Stopped(Exception):
+    """Ends a thread whose result nobody waits for any more."""
+
+
+def _fetch(
+    remote: RemoteFolder, name: str, size: int | None, target: Path, progress: Progress, stop: threading.Event
+) -> None:
     """Fetches one shard, which gets its name once it is whole."""
     done = 0
     with atomic_write(target / name) as file:
         try:
             for piece in remote.pieces(name, MAX_SHARD_BYTES if size is None else size):
+                if stop.is_set():
+                    raise _Stopped
                 file.write(piece)
                 done += len(piece)
                 progress.advance(len(piece))

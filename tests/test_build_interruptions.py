@@ -17,12 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compiler import needs_compiler
 
 from benchmarks.build_kills import Bench, kill_builds, make_bench, report
 from benchmarks.build_ranks import BuildRanks
 from builders.cli import main
 from builders.workdir import Stage, uninterrupted
 from nrrdd_format.errors import OutputError
+from nrrdd_format.verify import verify_dataset
 
 TIMEOUT = 240.0
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
@@ -67,6 +69,26 @@ def test_a_rank_that_loses_another_ends_with_a_message_and_the_next_run_goes_on(
     finishing = BuildRanks(bench.arguments("bereft"), 1, tmp_path)
     assert finishing.wait(TIMEOUT) == [0]
     assert _equal(bench, "bereft")
+
+
+@needs_compiler
+def test_killed_while_it_compiles(bench: Bench, tmp_path: Path) -> None:
+    """What the compiler had half written is of no concern to the next run, nor to other programs of the user."""
+    command = [sys.executable, "-m", "builders", *bench.arguments("compiled"), "--compile"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    killed = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("*/torchinductor_*/**/*.*")):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    (left,) = tmp_path.iterdir()
+    for path in left.rglob("*.*"):
+        if path.is_file():
+            os.truncate(path, path.stat().st_size // 2)
+    subprocess.run(command, env=environment, check=True, timeout=TIMEOUT)
+    assert verify_dataset(bench.folder / "compiled") == []
+    assert list(tmp_path.iterdir()) == [left]
 
 
 def test_processes_that_cannot_find_each_other_say_so_in_one_line(bench: Bench) -> None:

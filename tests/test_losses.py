@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from compiler import needs_compiler
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -497,7 +497,7 @@ def test_completed_dbr_compiles_to_one_graph() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler for the CPU")
+@needs_compiler
 def test_dbr_compiles_to_machine_code() -> None:
     assert_same_when_compiled(DBRLoss(), backend="inductor")
 

@@ -18,6 +18,7 @@ from builders import plan as planning
 from builders.cli import EPILOG, main, parse
 from builders.config import BuildConfig
 from builders.job import Job, prepare
+from builders.measurements import discovery_seconds
 from builders.models import create_model
 from builders.pipeline import build
 from builders.plan import StagePlan, plan, plan_stages
@@ -106,6 +107,15 @@ def test_what_is_done_is_counted_and_not_measured(source: Path, tmp_path: Path) 
     assert (found["refine"].left, found["encode"].left) == (1, 0)
     assert found["refine"].seconds > 0
     assert stages(config(source, tmp_path / "priors", work_dir=work, priors=1))["priors"].left == 2
+
+
+def test_discovery_waits_for_reading_by_all_its_processes(source: Path, tmp_path: Path) -> None:
+    """Reading is said to take so long that nothing else counts; images of noise are not read."""
+    reads = job(config(source, tmp_path / "out"))
+    assert discovery_seconds(reads, 1e4, processes=1) == pytest.approx(1e4, rel=0.01)
+    assert discovery_seconds(reads, 1e4, processes=4) == pytest.approx(2500, rel=0.01)
+    makes = job(config(source, tmp_path / "out", init="noise", mask="all", label_refinement_views=False))
+    assert discovery_seconds(makes, 1e4, processes=4) < 100
 
 
 def test_sizes_are_near_those_of_the_build(source: Path, tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compiler import needs_compiler
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -418,10 +417,6 @@ def test_pixels_stay_in_range(eyes: Eyes) -> None:
 
 # ---- compiled
 
-COMPILER = os.environ.get("CXX", "g++")
-needs_compiler = pytest.mark.skipif(
-    shutil.which(COMPILER) is None, reason=f"{COMPILER}, with which torch compiles for a CPU, is not installed"
-)
 PASSES_AND_STEP = 3
 """Graphs of a build: the unmixed pass, the mixed one, Adam's step."""
 

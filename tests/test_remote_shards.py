@@ -172,7 +172,7 @@ def test_a_lasting_fault_is_named_and_keeps_what_is_whole(
 ) -> None:
     server.faults["train-001.tar"] = [fault] * 9
     refuse(server, tmp_path, rf"^--data-dir: {server.url}/train-001\.tar: {found}")
-    assert kept(tmp_path) == {"train-000.tar"}
+    assert kept(tmp_path) - {"test-000.tar"} == {"train-000.tar"}  # the third may have come meanwhile
     server.faults.clear()
     load(server, tmp_path)
     assert server.fetched["train-000.tar"] == 1
@@ -239,18 +239,41 @@ def slowly(handler: Handler, data: bytes) -> None:
 
 
 def test_a_killed_fetch_keeps_what_is_whole_and_leaves_nothing_else(server: DatasetServer, tmp_path: Path) -> None:
+    """Two shards come while the one between them hangs."""
     server.faults["train-001.tar"] = [stall]
     process = FORK.Process(target=load, args=(server, tmp_path))
     process.start()
-    while not list(tmp_path.glob("sources/*/.train-001.tar.tmp-*")):
+    whole = {"train-000.tar", "test-000.tar"}
+    while not (whole <= kept(tmp_path) and list(tmp_path.glob("sources/*/.train-001.tar.tmp-*"))):
         time.sleep(0.002)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    assert {name for name in kept(tmp_path) if not name.startswith(".")} == {"train-000.tar"}
+    assert {name for name in kept(tmp_path) if not name.startswith(".")} == whole
     load(server, tmp_path)
     assert kept(tmp_path) == set(SHARDS)
     assert server.fetched["train-000.tar"] == 1
+
+
+def test_a_fault_ends_the_shards_that_are_on_their_way(
+    server: DatasetServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second would come whole in half a minute; nothing of it stays."""
+
+    def trickle(handler: Handler, data: bytes) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        for start in range(0, len(data), 100):
+            handler.wfile.write(data[start : start + 100])
+            handler.server.stopped.wait(0.1)
+
+    monkeypatch.setattr(remote, "_CHUNK", 1000)
+    server.faults["train-000.tar"] = [cut] * 5
+    server.faults["train-001.tar"] = [trickle]
+    refuse(server, tmp_path, r"train-000\.tar: cannot be fetched \(5 attempts\)")
+    assert server.fetched["train-001.tar"] == 1
+    assert kept(tmp_path) <= {"test-000.tar"}
 
 
 # URLs

@@ -195,7 +195,7 @@ def accuracy_table(grid: Grid, table: Table) -> str:
     for ipc in grid.ipcs:
         for images in grid.images:
             tops = [top1(grid, table, ipc, images, labels) for labels in grid.labels]
-            rows.append([f"IPC {ipc}, {images}", *(spread(list(each.values())) if each else "-" for each in tops)])
+            rows.append([f"IPC {ipc}, {images}", *(_cell(each, len(grid.seeds)) for each in tops)])
     return markdown_table(["images", *grid.labels], rows)
 
 
@@ -251,20 +251,32 @@ def paired(before: dict[int, float], after: dict[int, float]) -> str:
 
 
 def recovery(one_hot: dict[int, float], labels: dict[int, float], soft: dict[int, float]) -> str:
-    """(labels − one-hot) / (soft − one-hot) of the means, in percent; a dash where soft labels bring nothing."""
-    if not (one_hot and labels and soft):
+    """(labels − one-hot) / (soft − one-hot) of the means over the seeds that have all three, in percent.
+
+    A dash where no seed has, or soft labels bring nothing.
+    """
+    seeds = one_hot.keys() & labels.keys() & soft.keys()
+    if not seeds:
         return "-"
-    low, reached, high = (mean(tops.values()) for tops in (one_hot, labels, soft))
+    low, reached, high = (mean(tops[seed] for seed in seeds) for tops in (one_hot, labels, soft))
     return f"{100 * (reached - low) / (high - low):.0f}" if high > low else "-"
 
 
+def _cell(tops: dict[int, float], seeds: int) -> str:
+    """Mean and spread, and how many seeds those are where some are missing."""
+    if not tops:
+        return "-"
+    return spread(list(tops.values())) + (f" (of {len(tops)})" if len(tops) < seeds else "")
+
+
 def _recovery_section(grid: Grid, table: Table) -> tuple[str, str]:
-    return "Of what soft labels gain over one-hot, these labels recover, in %:", recovery_table(grid, table)
+    heading = "Of what soft labels gain over one-hot, these labels recover, in %, over the seeds that have all three:"
+    return heading, recovery_table(grid, table)
 
 
 def _gaps(grid: Grid, table: Table) -> str:
     count = sum(1 for _ in grid.cells())
-    return "" if len(table) == count else f" Incomplete: {len(table)} of {count} students."
+    return "" if len(table) == count else f" Incomplete: {len(table)} of {count} students; (of n): over n seeds."
 
 
 def plot(path: Path, grid: Grid, table: Table) -> None:

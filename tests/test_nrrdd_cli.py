@@ -360,6 +360,7 @@ def test_statistics_of_seeds() -> None:
     assert accuracy.recovery({0: 20.0}, {0: 50.0}, {0: 80.0}) == "50"
     assert accuracy.recovery({0: 20.0}, {0: 50.0}, {0: 20.0}) == "-"
     assert accuracy.recovery({0: 20.0}, {0: 50.0}, {}) == "-"
+    assert accuracy.recovery({0: 20.0, 1: 30.0}, {0: 90.0, 1: 50.0}, {1: 80.0}) == "40"  # seed 1 alone has all three
     assert accuracy.paired({0: 1.0, 1: 3.0, 2: 9.0}, {1: 6.0, 0: 2.0}) == "+2.00 ± 12.71"
     assert accuracy.paired({0: 1.0}, {1: 6.0}) == "-"
 

@@ -107,6 +107,7 @@ LABELS = {
     "dbr-further1": LabelKind(labels="dbr-completed", priors=9, further=1),
     "dbr-further3": LabelKind(labels="dbr-completed", priors=9, further=3),
     "dbr-further3-t4": LabelKind(labels="dbr-completed", priors=9, further=3, soft_temperature=4.0),
+    "dbr-further8-t20": LabelKind(labels="dbr-completed", priors=9, further=8, soft_temperature=20.0),
     "soft": LabelKind(labels="soft"),
     "soft-t20": LabelKind(labels="soft", soft_temperature=20.0),
     "fkd-top5": LabelKind(labels="soft-top5"),

@@ -17,10 +17,8 @@ from torch import Tensor, nn
 from loaders.batch import ClassDistances, DBRBatch
 from nrrdd_format.errors import ConfigError
 
-PRIOR_FLOOR = 1e-4
-"""The least share of a class in the mixed prior of a pair, before normalisation."""
-SOFT_FLOOR = 1e-4
-"""The least probability of a completed label at another temperature than 1: below PRIOR_FLOOR it tells nothing."""
+LEAST, LEAST_IN_ALL = 1e-4, 1e-2
+"""Floor of a class's share, and of all classes' together: many classes would fill the label otherwise."""
 
 Sce = Literal["sample", "batch", "target", "entropy"]
 Distance = Literal["l1", "huber", "squared"]
@@ -167,7 +165,7 @@ class CompletedDBRLoss(nn.Module):
             (`DBRLoader.dataset_info.temperature`).
         soft_temperature: T; both softmaxes are taken at T times that temperature, as `SoftLoss` does with the teacher's
             logits, without the factor T**2. A label tells its least likely classes only roughly, and they count
-            the more the higher T is: none is taken as less than SOFT_FLOOR then.
+            the more the higher T is: none is taken as less than `floor_of` says then.
     """
 
     def __init__(self, *, temperature: float = 1.0, soft_temperature: float = 1.0) -> None:
@@ -184,7 +182,7 @@ class CompletedDBRLoss(nn.Module):
         labels = completed_labels(batch, logits.shape[1]).to(log_p.dtype)
         if self.soft_temperature == 1:
             return F.kl_div(log_p, labels, reduction="batchmean")
-        softened = _log_softmax(labels.clamp_min(SOFT_FLOOR).log(), self.soft_temperature)
+        softened = _log_softmax(labels.clamp_min(floor_of(logits.shape[1])).log(), self.soft_temperature)
         return F.kl_div(log_p, softened, reduction="batchmean", log_target=True)
 
 
@@ -194,7 +192,7 @@ def completed_labels(batch: DBRBatch, classes: int) -> Tensor:
     The pair's two classes have the probabilities p = exp(-d) that the distances state, divided by max(1, their sum).
     So do further classes, where the dataset stores any, and these count in the sum.
     What is left goes to the other classes like lam * prior_org + (1 - lam) * prior_aug, no class less than
-    PRIOR_FLOOR before normalisation; evenly where the dataset stores no priors.
+    `floor_of` says before normalisation; evenly where the dataset stores no priors.
     """
     same = _same_class(batch)
     known = batch.distance_org.new_zeros(len(batch), classes)
@@ -215,12 +213,20 @@ def completed_labels(batch: DBRBatch, classes: int) -> Tensor:
     return known + rest * others / torch.where(spread > 0, spread, 1.0)
 
 
+def floor_of(classes: int) -> float:
+    """The least share of one of so many classes in a mixed prior, and in a label at another temperature than 1.
+
+    What is less, a dataset does not tell.
+    """
+    return min(LEAST, LEAST_IN_ALL / classes)
+
+
 def _mixed_prior(batch: DBRBatch, classes: int) -> Tensor:
-    """lam * prior_org + (1 - lam) * prior_aug, each class at least PRIOR_FLOOR: (B, C)."""
+    """lam * prior_org + (1 - lam) * prior_aug, each class at least `floor_of`: (B, C)."""
     if batch.prior_org is None or batch.prior_aug is None:
         return batch.lam.new_ones(len(batch), classes)
     org, aug = _dense_prior(batch.prior_org, classes), _dense_prior(batch.prior_aug, classes)
-    return torch.lerp(aug, org, batch.lam[:, None]).clamp_min(PRIOR_FLOOR)
+    return torch.lerp(aug, org, batch.lam[:, None]).clamp_min(floor_of(classes))
 
 
 def _dense_prior(prior: ClassDistances, classes: int) -> Tensor:

@@ -26,7 +26,7 @@ from loaders import (
     SoftLoss,
     completed_labels,
 )
-from loaders.losses import PRIOR_FLOOR, SOFT_FLOOR, Distance, Sce
+from loaders.losses import Distance, Sce, floor_of
 from nrrdd_format.errors import ConfigError
 
 CLASSES = 5
@@ -240,7 +240,7 @@ def completed_row(batch: DBRBatch, pair: int, classes: int) -> list[float]:
             listed = {one: math.exp(-distance) for one, distance in of.items()}
             left = max(0.0, 1 - sum(listed.values())) / (classes - 1 - len(listed))
             parts.append(listed.get(label, left))
-        shares[label] = max(PRIOR_FLOOR, lam * parts[0] + (1 - lam) * parts[1])
+        shares[label] = max(floor_of(classes), lam * parts[0] + (1 - lam) * parts[1])
     rest = 1 - sum(known.values())
     return [known[k] if k in known else rest * shares[k] / sum(shares.values()) for k in range(classes)]
 
@@ -393,8 +393,8 @@ def told_in_full(teacher: Tensor) -> DBRBatch:
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0])
 def test_labels_told_in_full_are_soft_labels_at_any_temperature(temperature: float) -> None:
-    teacher = LOGITS.flip(0) * 0.7  # no probability below SOFT_FLOOR
-    assert teacher.softmax(1).min() > SOFT_FLOOR
+    teacher = LOGITS.flip(0) * 0.7  # no probability below the floor
+    assert teacher.softmax(1).min() > floor_of(CLASSES)
     found = CompletedDBRLoss(soft_temperature=temperature)(LOGITS, told_in_full(teacher))
     assert found.item() == pytest.approx(SoftLoss(temperature)(LOGITS, BATCH, teacher).item(), rel=1e-4)
 
@@ -403,9 +403,21 @@ def test_softened_labels_take_no_class_as_less_than_the_floor() -> None:
     """Otherwise what a label cannot tell would weigh most."""
     teacher = torch.zeros(len(LOGITS), CLASSES)
     teacher[:, 0] = -40.0
-    expected = teacher.softmax(1).clamp_min(SOFT_FLOOR).log()
+    expected = teacher.softmax(1).clamp_min(floor_of(CLASSES)).log()
     found = CompletedDBRLoss(soft_temperature=4.0)(LOGITS, told_in_full(teacher))
     assert found.item() == pytest.approx(SoftLoss(4.0)(LOGITS, BATCH, expected).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("classes", [10, 1000, 131_072])
+def test_the_floor_of_many_classes_does_not_fill_a_label(classes: int) -> None:
+    """A pair's own classes have 0.9; of the rest, 0.1, the prior's one class keeps nearly all."""
+    prior = listed([[(2, 0.0)]])
+    batch = replace(make_batch([(0, 1)], [0.5], [(-math.log(0.6), -math.log(0.3))]), prior_org=prior, prior_aug=prior)
+    labels = completed_labels(batch, classes)
+    assert labels[0, 2] == pytest.approx(0.1, rel=0.02)
+    logits = torch.zeros(1, classes)
+    at_one, near_one = (CompletedDBRLoss(soft_temperature=t)(logits, batch).item() for t in (1.0, 1.001))
+    assert near_one == pytest.approx(at_one, rel=0.02)
 
 
 def test_a_temperature_of_the_labels_is_beside_the_teachers() -> None:

@@ -48,6 +48,7 @@ from nrrdd_format.files import atomic_write
 
 MODULE = "benchmarks.accuracy"
 RESULTS = Path("benchmarks") / "results"
+RECOVERED = "Of what soft labels gain over one-hot, these labels recover, in %, over the seeds that have all three:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,15 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=f"example:\n  python -m {MODULE} --dataset digits --preset quick --seeds 0 1 2 --out accuracy-digits",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_grid(parser)
+    parser.add_argument("--teacher", metavar="ARCH", help="the network to train as teacher (the dataset's default)")
+    parser.add_argument("--teacher-epochs", type=int, metavar="N", help="of its training (preset's)")
+    parser.add_argument("--teacher-checkpoint", type=Path, metavar="FILE", help="a trained teacher (OUT/teacher.pt)")
+    return parser
+
+
+def add_grid(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a grid, but the teacher's."""
     add_source(parser, default="digits")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="keeps teacher, datasets and results")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"for the report ({RESULTS})")
@@ -109,9 +119,6 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(LABELS)} (one-hot compact dbr soft)",
     )
     parser.add_argument("--student", metavar="ARCH", help="the students' network (the dataset's default)")
-    parser.add_argument("--teacher", metavar="ARCH", help="the network to train as teacher (the dataset's default)")
-    parser.add_argument("--teacher-epochs", type=int, metavar="N", help="of its training (preset's)")
-    parser.add_argument("--teacher-checkpoint", type=Path, metavar="FILE", help="a trained teacher (OUT/teacher.pt)")
     parser.add_argument(
         "--processes",
         type=int,
@@ -121,26 +128,29 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--collect", action="store_true", help="run nothing: report on the cells that OUT holds")
     add_device(parser)
-    return parser
 
 
 def measure_accuracy(options: argparse.Namespace) -> int:
     """Runs the grid, prints the report and writes it; returns the exit status."""
     source = load_source(options.source, data_dir=options.data_dir, test_dir=options.test_dir)
-    if options.processes < 1:
-        raise ConfigError(f"--processes: found {options.processes}, expected 1 or more")
     grid = make_grid(options, source)
-    if options.collect:
-        require_teacher(grid.teacher_checkpoint)
-        table = read_cells(grid, grid.cells(), Origin.of(source))
-    else:
-        table = run_grid(grid, source, processes=options.processes)
+    table = run_or_collect(grid, source, options)
     if not table:
         raise ConfigError(f"--collect: {grid.out} holds no cell of this grid; run it without --collect first")
     text = report(grid, table)
     print(f"\n{text}")
     _write_results(options.results, options.name or grid.dataset, grid, table, text)
     return 0
+
+
+def run_or_collect(grid: Grid, source: Source, options: argparse.Namespace) -> Table:
+    """The grid's results: of all its cells, or with --collect of those that are there."""
+    if options.processes < 1:
+        raise ConfigError(f"--processes: found {options.processes}, expected 1 or more")
+    if options.collect:
+        require_teacher(grid.teacher_checkpoint)
+        return read_cells(grid, grid.cells(), Origin.of(source))
+    return run_grid(grid, source, processes=options.processes)
 
 
 def make_grid(options: argparse.Namespace, source: Source) -> Grid:
@@ -195,7 +205,7 @@ def accuracy_table(grid: Grid, table: Table) -> str:
     for ipc in grid.ipcs:
         for images in grid.images:
             tops = [top1(grid, table, ipc, images, labels) for labels in grid.labels]
-            rows.append([f"IPC {ipc}, {images}", *(_cell(each, len(grid.seeds)) for each in tops)])
+            rows.append([f"IPC {ipc}, {images}", *(spread_of(each, len(grid.seeds)) for each in tops)])
     return markdown_table(["images", *grid.labels], rows)
 
 
@@ -262,7 +272,7 @@ def recovery(one_hot: dict[int, float], labels: dict[int, float], soft: dict[int
     return f"{100 * (reached - low) / (high - low):.0f}" if high > low else "-"
 
 
-def _cell(tops: dict[int, float], seeds: int) -> str:
+def spread_of(tops: dict[int, float], seeds: int) -> str:
     """Mean and spread, and how many seeds those are where some are missing."""
     if not tops:
         return "-"
@@ -270,8 +280,7 @@ def _cell(tops: dict[int, float], seeds: int) -> str:
 
 
 def _recovery_section(grid: Grid, table: Table) -> tuple[str, str]:
-    heading = "Of what soft labels gain over one-hot, these labels recover, in %, over the seeds that have all three:"
-    return heading, recovery_table(grid, table)
+    return RECOVERED, recovery_table(grid, table)
 
 
 def _gaps(grid: Grid, table: Table) -> str:

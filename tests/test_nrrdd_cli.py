@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from make_dataset import make_tiny_dataset
 
-from benchmarks import accuracy, cli, demo, student
+from benchmarks import accuracy, cli, demo, student, teachers
 from benchmarks.command import run
 from benchmarks.grid import Cell, Grid, build_config, cell_path, dataset_path, student_config
 from benchmarks.results_io import command_line, markdown_table, provenance, provenance_text, write_json
@@ -350,6 +350,29 @@ def test_the_accuracy_benchmark_goes_on_where_it_was(tmp_path: Path, capsys: pyt
     labels = {cell["labels"]: cell["bytes_labels"] for cell in record["cells"]}
     assert labels["one-hot"] == 0 and 0 < labels["dbr"] < labels["dbr-further1"] and labels["soft"] > 0
     assert str(tmp_path) not in json.dumps(record)
+
+
+@pytest.mark.slow
+def test_teachers_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    for epochs in (1, 3):
+        made = f"teacher --dataset digits --architecture conv2-w8 --epochs {epochs} --device cpu"
+        assert cli.main([*made.split(), "--out", f"{tmp_path}/{epochs}.pt"]) == 0
+    command = (
+        f"--dataset digits --out {tmp_path}/out --results {tmp_path}/results --ipc 1 --epochs 2 --iterations 1 "
+        f"--images random-real --labels one-hot dbr soft --student conv2-w8 --device cpu "
+        f"--teacher-checkpoint {tmp_path}/1.pt {tmp_path}/3.pt"
+    ).split()
+    assert teachers.main([*command, "--collect"]) == 2
+    assert "holds no cell of these grids" in capsys.readouterr().err
+    assert teachers.main(command) == 0
+    (page,) = (tmp_path / "results").glob("*-teachers-digits.md")
+    lines = [line for line in page.read_text().splitlines() if line.startswith("| IPC 1, random-real")]
+    assert [line.split("|")[2].strip() for line in lines] == ["conv2-w8, 1 epochs", "conv2-w8, 3 epochs"] * 2
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 6
+    assert page.with_suffix(".png").stat().st_size > 10_000
+    assert teachers.main([*command, f"{tmp_path}/none.pt"]) == 2
+    assert f"found no file {tmp_path}/none.pt" in capsys.readouterr().err
 
 
 def test_statistics_of_seeds() -> None:

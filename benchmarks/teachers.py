@@ -1,0 +1,194 @@
+"""Top-1 of students by the teacher that labels their images: its network, and how long it was trained.
+
+`python -m benchmarks.teachers --teacher-checkpoint 3.pt 20.pt … --out DIR` runs the grid of `benchmarks.accuracy` once
+for each teacher (`nrrdd teacher`), in the same resumable way: the teacher crops, refines, labels and, for soft labels,
+is asked by the student.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.accuracy import add_grid, make_grid, recovery, run_or_collect, spread_of, top1
+from benchmarks.command import run
+from benchmarks.grid import Grid, Table, require_teacher, stored_epochs
+from benchmarks.results_io import (
+    circumstances_text,
+    make_folder,
+    markdown_table,
+    provenance,
+    provenance_text,
+    write_json,
+    write_text,
+)
+from builders.sources import load_source
+from nrrdd_format.errors import ConfigError
+from nrrdd_format.files import atomic_write
+
+MODULE = "benchmarks.teachers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taught:
+    """One teacher, and the students of its grid (at least one)."""
+
+    grid: Grid
+    table: Table
+
+    @property
+    def name(self) -> str:
+        """The teacher's network, and its epochs of training where a log beside the checkpoint tells them."""
+        architecture = next(iter(self.table.values())).teacher
+        log = self.grid.teacher_checkpoint.with_name(self.grid.teacher_checkpoint.name + ".json")
+        return f"{architecture}, {json.loads(log.read_text())['epochs']} epochs" if log.is_file() else architecture
+
+    @property
+    def top1(self) -> float | None:
+        """The teacher's, in percent."""
+        found = next(iter(self.table.values())).teacher_top1
+        return None if found is None else 100 * found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    options = make_parser().parse_args(arguments)
+    return run(lambda: measure_teachers(options))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {MODULE}",
+        description="Measure students' top-1 by the teacher, the kind of images and the kind of labels.",
+        epilog=f"example:\n  python -m {MODULE} --dataset digits --teacher-checkpoint short.pt long.pt --out teachers",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_grid(parser)
+    parser.add_argument(
+        "--teacher-checkpoint", type=Path, nargs="+", required=True, metavar="FILE", help="trained teachers"
+    )
+    return parser
+
+
+def measure_teachers(options: Namespace) -> int:
+    """Runs a grid for every teacher, prints the report and writes it; returns the exit status."""
+    source = load_source(options.source, data_dir=options.data_dir, test_dir=options.test_dir)
+    for checkpoint in options.teacher_checkpoint:  # all, before hours are spent with the first
+        require_teacher(checkpoint)
+    taught = []
+    for checkpoint in options.teacher_checkpoint:
+        alone = {"teacher_checkpoint": checkpoint, "teacher": None, "teacher_epochs": None}
+        grid = make_grid(Namespace(**vars(options) | alone), source)
+        if table := run_or_collect(grid, source, options):
+            taught.append(Taught(grid=grid, table=table))
+    if not taught:
+        raise ConfigError(f"--collect: {options.out} holds no cell of these grids; run it without --collect first")
+    text = report(taught)
+    print(f"\n{text}")
+    _write_results(options.results, options.name or taught[0].grid.dataset, taught, text)
+    return 0
+
+
+def report(taught: Sequence[Taught]) -> str:
+    """The tables and what they were made with, as Markdown."""
+    grid = taught[0].grid
+    results = [result for each in taught for result in each.table.values()]
+    parts = [
+        f"Student {grid.student}; {grid.epochs} epochs of {stored_epochs(grid)} stored ones; {grid.iterations} steps "
+        f"of refinement; {len(grid.seeds)} seeds. Top-1 in % on {results[0].test_images:,} real test images after the "
+        "last epoch, mean ± standard deviation over seeds; (of n): over n of them.",
+        circumstances_text([result.made for result in results]),
+        accuracy_table(taught),
+    ]
+    if {"one-hot", "soft"} < set(grid.labels):
+        heading = (
+            "Of what soft labels gain over one-hot, these labels recover, in %, over the seeds that have all three:"
+        )
+        parts += [heading, recovery_table(taught)]
+    return "\n\n".join(parts)
+
+
+def accuracy_table(taught: Sequence[Taught]) -> str:
+    """Top-1 by images and teacher (rows) and labels (columns)."""
+    grid = taught[0].grid
+    rows = [
+        [*start, *(spread_of(tops[labels], len(grid.seeds)) for labels in grid.labels)] for start, tops in _rows(taught)
+    ]
+    return markdown_table([*START, *grid.labels], rows)
+
+
+def recovery_table(taught: Sequence[Taught]) -> str:
+    """By images and teacher (rows) and labels (columns): how much of what soft labels gain over one-hot they gain."""
+    between = [labels for labels in taught[0].grid.labels if labels not in ("one-hot", "soft")]
+    rows = [
+        [*start, *(recovery(tops["one-hot"], tops[labels], tops["soft"]) for labels in between)]
+        for start, tops in _rows(taught)
+    ]
+    return markdown_table([*START, *between], rows)
+
+
+START = ("images", "teacher", "its top-1")
+
+
+def _rows(taught: Sequence[Taught]) -> Iterator[tuple[list[str], dict[str, dict[int, float]]]]:
+    """For each kind of images and each teacher: what begins the line, and by labels and seed the top-1 in percent."""
+    grid = taught[0].grid
+    for ipc in grid.ipcs:
+        for images in grid.images:
+            for each in taught:
+                tops = {labels: top1(each.grid, each.table, ipc, images, labels) for labels in grid.labels}
+                shown = "-" if each.top1 is None else f"{each.top1:.1f}"
+                yield [f"IPC {ipc}, {images}", each.name, shown], tops
+
+
+def plot(path: Path, taught: Sequence[Taught]) -> None:
+    """Writes a PNG: a panel for each kind of images, a group of bars for each teacher."""
+    grid = taught[0].grid
+    panels = [(ipc, images) for ipc in grid.ipcs for images in grid.images]
+    width = max(4.0, 1.6 * len(taught))
+    figure = Figure(figsize=(width * len(panels) + 1, 3.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (ipc, images) in zip(axes, panels, strict=True):
+        _draw_panel(axis, taught, ipc, images)
+    axes[0].set_ylabel("top-1 of the student, %")
+    axes[-1].legend(fontsize=7)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
+def _draw_panel(axis: Axes, taught: Sequence[Taught], ipc: int, images: str) -> None:
+    labels_of = taught[0].grid.labels
+    width = 0.8 / len(labels_of)
+    for number, labels in enumerate(labels_of):
+        values = [list(top1(each.grid, each.table, ipc, images, labels).values()) for each in taught]
+        places = [group + (number - (len(labels_of) - 1) / 2) * width for group in range(len(taught))]
+        error = [stdev(each) if len(each) > 1 else 0.0 for each in values]
+        axis.bar(places, [mean(each) if each else 0.0 for each in values], width, yerr=error, capsize=2, label=labels)
+    names = [f"{each.name}\n{each.top1:.1f} %" if each.top1 is not None else each.name for each in taught]
+    axis.set_xticks(range(len(taught)), names, fontsize=7)
+    axis.set_title(f"IPC {ipc}, {images} images")
+
+
+def _write_results(folder: Path, name: str, taught: Sequence[Taught], text: str) -> None:
+    facts: dict[str, Any] = provenance(MODULE, seeds=taught[0].grid.seeds)
+    stem = f"{facts['date']}-teachers-{name}"
+    make_folder(folder)
+    cells = [asdict(result) for each in taught for result in each.table.values()]
+    write_json(folder / f"{stem}.json", facts | {"cells": cells})
+    heading = f"# Teachers of students on {name}\n\n{provenance_text(facts)}"
+    write_text(folder / f"{stem}.md", f"{heading}\n{text}\n\n![top-1]({stem}.png)\n")
+    plot(folder / f"{stem}.png", taught)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -123,18 +123,18 @@ class DBRLoader:
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        _require_whole("batch_size", batch_size, 1)
-        _require_whole("seed", seed, 0)
-        _require_whole("num_workers", num_workers, 0)
-        _require_whole("cache_bytes", cache_bytes, 0)
+        batch_size = _whole("batch_size", batch_size, 1)
+        seed = _whole("seed", seed, 0)
+        num_workers = _whole("num_workers", num_workers, 0)
+        cache_bytes = _whole("cache_bytes", cache_bytes, 0)
         if cache_limit_bytes is not None:
-            _require_whole("cache_limit_bytes", cache_limit_bytes, 1)
+            cache_limit_bytes = _whole("cache_limit_bytes", cache_limit_bytes, 1)
         _require(on_bad_shard in ("raise", "skip"), f"on_bad_shard: found {on_bad_shard!r}, expected 'raise' or 'skip'")
         _require(
             isinstance(timeout, int | float) and timeout > 0,
             f"timeout: found {shown(timeout)}, expected more than 0 seconds",
         )
-        _require_whole("attempts", attempts, 1)
+        attempts = _whole("attempts", attempts, 1)
         self._cache: ShardCache | None = None
         if is_url(path):
             remote = RemoteFolder(
@@ -209,7 +209,7 @@ class DBRLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Makes `epoch` (from 0) the next to iterate; naming the current one keeps a loaded position."""
-        _require_whole("epoch", epoch, 0)
+        epoch = _whole("epoch", epoch, 0)
         if epoch != self._epoch or self._all_given:
             self._turn_to(epoch)
 
@@ -435,7 +435,7 @@ def _given_ranks(rank: int | None, world_size: int | None) -> tuple[int, int] | 
     whole = isinstance(rank, int | np.integer) and isinstance(world_size, int | np.integer)
     if rank is None or world_size is None or not whole or not 0 <= rank < world_size:
         raise ConfigError(f"rank {rank} of world_size {world_size}: expected both, and 0 <= rank < world_size")
-    return rank, world_size
+    return int(rank), int(world_size)
 
 
 def _usable_device(name: str | torch.device) -> torch.device:
@@ -461,12 +461,11 @@ def _count(state: Mapping[str, object], key: str, most: int) -> int:
     return found
 
 
-def _require_whole(name: str, value: object, least: int) -> None:
-    """NumPy's integers count as well: they come from computed sizes."""
-    _require(
-        isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= least,
-        f"{name}: found {shown(value)}, expected a whole number, {least} or more",
-    )
+def _whole(name: str, value: object, least: int) -> int:
+    """The value as a plain integer: NumPy's count as well, as sizes are computed, but do not belong into a state."""
+    if isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= least:
+        return int(value)
+    raise ConfigError(f"{name}: found {shown(value)}, expected a whole number, {least} or more")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -12,7 +12,7 @@ import warnings
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -46,6 +46,12 @@ def key(batch: DBRBatch) -> tuple[bytes, ...]:
 
 def epoch_keys(loader: DBRLoader) -> list[tuple[bytes, ...]]:
     return [key(batch) for batch in loader]
+
+
+def resumed_at(loader: DBRLoader, change: dict[str, object]) -> DBRLoader:
+    """The loader after it has loaded its own state with something changed."""
+    loader.load_state_dict({**loader.state_dict(), **change})
+    return loader
 
 
 def columns(batches: list[DBRBatch]) -> dict[str, Tensor]:
@@ -539,8 +545,19 @@ def test_what_a_worker_raises_is_not_taken_for_its_death(dataset: Path, monkeypa
         list(DBRLoader(dataset, 5, num_workers=1))
 
 
-def test_a_computed_batch_size_counts(dataset: Path) -> None:
-    assert len(DBRLoader(dataset, np.int64(5))) == -(-PAIRS // 5)  # type: ignore[arg-type]
+def test_computed_numbers_give_a_plain_state(dataset: Path) -> None:
+    """NumPy's integers come from computed sizes."""
+    numbers: dict[str, Any] = {name: np.int64(k) for name, k in {"seed": 3, "rank": 0, "world_size": 2}.items()}
+    loader, resumed = (DBRLoader(dataset, np.int64(3), **numbers) for _ in range(2))  # type: ignore[arg-type]
+    assert len(loader) == PAIRS // 6
+    loader.set_epoch(np.int64(1))  # type: ignore[arg-type]
+    _, *rest = epoch_keys(loader)
+    loader.set_epoch(1)
+    next(iter(loader))
+    state = loader.state_dict()
+    assert {type(value) for value in state.values()} == {str, int, list}
+    assert json.loads(json.dumps(state)) == state
+    assert epoch_keys(resumed_at(resumed, state)) == rest
 
 
 @needs_proc

@@ -53,6 +53,19 @@ class TrainingInfo:
     teacher: TeacherInfo
 
 
+@dataclass(kw_only=True)
+class _Position:
+    """A place that a loader was sent to, and how far iterations from there have come."""
+
+    epoch: int
+    start: int = 0
+    """Pairs of the epoch that were given before: every iteration of it begins here."""
+    given: int = 0
+    """Pairs of the epoch that all ranks together have been given."""
+    all_given: bool = False
+    """A loop may stop at the last batch without asking for another."""
+
+
 class DBRLoader:
     """Iterates over a dataset's pairs, an epoch at a time.
 
@@ -60,7 +73,8 @@ class DBRLoader:
     epochs are taken again in a new order, with one warning. With R processes each step takes R * batch_size
     pairs, of which every process gets its part; all processes get equally many batches. A tail is split
     evenly, so the last batch may be smaller, or larger by one pair where the tail has less than a pair for
-    each process.
+    each process. One iteration runs at a time: the first batch of another ends those begun before, which raise
+    ConfigError when they are asked for more.
 
     The shards of an epoch are taken in a new order, in windows of about 16,384 pairs (4 to 64 shards), and mixed
     within a window (`loaders.order`).
@@ -169,10 +183,8 @@ class DBRLoader:
         self._drop_last = drop_last
         self._pin_memory = pin_memory
         self._cache_bytes = cache_bytes
-        self._epoch = 0
-        self._consumed = 0  # pairs of the epoch that all ranks together have been given
-        self._resume_at = 0  # where the next iteration starts, if a state was loaded
-        self._all_given = False  # a loop may stop at the last batch without asking for another
+        self._position = _Position(epoch=0)
+        self._iterations = 0  # begun so far: the last one alone may take batches from the workers
         self._warned = False
         self._torch_loader = self._new_torch_loader()
         _require(
@@ -186,31 +198,43 @@ class DBRLoader:
         return len(self._steps(0))
 
     def __iter__(self) -> Iterator[DBRBatch]:
-        """The batches of the current epoch (after `load_state_dict`: its rest); then the epoch advances."""
-        if self._all_given:
-            self._turn_to(self._epoch + 1)
-        epoch = self._epoch
-        self._consumed, self._resume_at = self._resume_at, 0
-        self._warn_when_repeating(epoch)
+        """The batches of the current epoch (after `load_state_dict`: its rest); then the epoch advances.
+
+        Begun anew, whether a loop was left or an error ended it, the same epoch starts where it started before.
+        """
+        if self._position.all_given:
+            self._turn_to(self.epoch + 1)
+        position = self._position
+        position.given = position.start
+        self._iterations = iteration = self._iterations + 1
+        self._warn_when_repeating(position.epoch)
         rank, world_size = self._ranks or distributed_ranks()
         self._compare_ranks()
-        steps = self._steps(self._consumed)
-        self._assignments.set(epoch, steps, rank=rank, world_size=world_size)
-        last = steps.stop
+        steps = self._steps(position.start)
+        self._assignments.set(position.epoch, steps, rank=rank, world_size=world_size)
         for (_, stop), batch in zip(steps, map(self._finished, self._readings()), strict=True):
-            self._consumed, self._all_given = stop, stop == last
+            position.given, position.all_given = stop, stop == steps.stop
             yield batch
-        self._turn_to(epoch + 1)
+            _require(
+                iteration == self._iterations,
+                "loader: this iteration was ended by a later one over the same loader; use a loader for each",
+            )
+            if position is not self._position:
+                return
+        self._turn_to(position.epoch + 1)
 
     @property
     def epoch(self) -> int:
         """The epoch that is being iterated, or comes next."""
-        return self._epoch
+        return self._position.epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes `epoch` (from 0) the next to iterate; naming the current one keeps a loaded position."""
+        """Makes `epoch` (from 0) the next to iterate; naming the current one keeps a loaded position.
+
+        A running loop gets no more batches of the epoch that is left: it ends as if there were none.
+        """
         epoch = _whole("epoch", epoch, 0)
-        if epoch != self._epoch or self._all_given:
+        if epoch != self.epoch or self._position.all_given:
             self._turn_to(epoch)
 
     def state_dict(self) -> dict[str, object]:
@@ -224,12 +248,14 @@ class DBRLoader:
             "dataset_id": self._dataset_id,
             "seed": self._seed,
             "skipped": self._skipped_names(),
-            "epoch": self._epoch,
-            "pairs": self._consumed,
+            "epoch": self._position.epoch,
+            "pairs": self._position.given,
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Goes to where `state_dict` was taken; batch size, workers and number of processes may differ.
+
+        The epoch starts there until it ends or another is set. A running loop ends as if there were no more batches.
 
         Raises:
             ConfigError: the state is of another dataset, seed or kind, with other shards skipped, or damaged;
@@ -241,8 +267,7 @@ class DBRLoader:
         _expect(state, "seed", self._seed)
         _expect(state, "skipped", self._skipped_names())
         epoch = _count(state, "epoch", 2**62)
-        consumed = _count(state, "pairs", self._pairs)
-        self._turn_to(epoch, consumed)
+        self._turn_to(epoch, _count(state, "pairs", self._pairs))
 
     @property
     def dataset_info(self) -> TrainingInfo:
@@ -257,9 +282,9 @@ class DBRLoader:
             teacher=manifest.teacher,
         )
 
-    def _turn_to(self, epoch: int, consumed: int = 0) -> None:
-        self._epoch, self._consumed, self._resume_at = epoch, consumed, consumed
-        self._all_given = False
+    def _turn_to(self, epoch: int, start: int = 0) -> None:
+        """A new object, so that an iteration of another place notices, and writes to its own."""
+        self._position = _Position(epoch=epoch, start=start, given=start)
 
     def _steps(self, start: int) -> EpochSteps:
         _, world_size = self._ranks or distributed_ranks()

@@ -54,6 +54,10 @@ def resumed_at(loader: DBRLoader, change: dict[str, object]) -> DBRLoader:
     return loader
 
 
+def fail(*_: object) -> NoReturn:
+    raise RuntimeError("no memory for this tensor")
+
+
 def columns(batches: list[DBRBatch]) -> dict[str, Tensor]:
     rows = [batch_columns(batch) for batch in batches]
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
@@ -279,6 +283,72 @@ def test_a_new_iteration_after_a_break_starts_the_epoch_again(dataset: Path) -> 
         again = epoch_keys(loader)
         assert again[0] == first
         assert len(again) == len(loader)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_later_iteration_ends_the_one_before(dataset: Path, num_workers: int) -> None:
+    whole = epoch_keys(DBRLoader(dataset, 3))
+    loader = DBRLoader(dataset, 3, num_workers=num_workers)
+    first, second = iter(loader), iter(loader)
+    assert [key(next(second)), key(next(first))] == whole[:1] * 2
+    with pytest.raises(ConfigError, match="was ended by a later one over the same loader; use a loader for each"):
+        next(second)
+    assert loader.state_dict()["pairs"] == 3
+    assert [key(batch) for batch in first] == whole[1:]
+    stale, taken = iter(loader), []
+    next(stale)
+    for number, batch in enumerate(loader):
+        taken.append(key(batch))
+        if number == 1:
+            with pytest.raises(ConfigError):
+                next(stale)
+            assert loader.state_dict()["pairs"] == 6
+    assert len(taken) == len(whole)
+    assert loader.epoch == 2
+
+
+def test_an_iteration_that_has_given_nothing_ends_no_other(dataset: Path) -> None:
+    loader = DBRLoader(dataset, 3)
+    running = iter(loader)
+    taken = [key(next(running))]
+    iter(loader)
+    assert taken + [key(batch) for batch in running] == epoch_keys(DBRLoader(dataset, 3))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_place_that_is_named_inside_a_loop_ends_it_and_stays(dataset: Path, num_workers: int) -> None:
+    whole = DBRLoader(dataset, 3)
+    epochs = [epoch_keys(whole) for _ in range(EPOCHS)]
+    loader = DBRLoader(dataset, 3, num_workers=num_workers)
+    taken = []
+    for batch in loader:
+        taken.append(key(batch))
+        loader.set_epoch(2 if len(taken) == 2 else loader.epoch)
+    assert taken == epochs[0][:2]
+    assert (loader.epoch, loader.state_dict()["pairs"]) == (2, 0)
+    taken.clear()
+    for batch in loader:
+        taken.append(key(batch))
+        if len(taken) == len(loader):
+            resumed_at(loader, {"epoch": 1, "pairs": 6})
+    assert taken == epochs[2]
+    assert (loader.epoch, loader.state_dict()["pairs"]) == (1, 6)
+    assert epoch_keys(loader) == epochs[1][2:]
+
+
+def test_a_loaded_position_stays_the_epochs_start_until_it_ends(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = DBRLoader(dataset, 3)
+    first, second = epoch_keys(whole), epoch_keys(whole)
+    loader = resumed_at(DBRLoader(dataset, 3, cache_bytes=0), {"pairs": 6})
+    with monkeypatch.context() as broken:
+        broken.setattr(reading, "decode_image", fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            next(iter(loader))
+    assert loader.state_dict()["pairs"] == 6
+    assert key(next(iter(loader))) == first[2]
+    assert loader.state_dict()["pairs"] == 9
+    assert epoch_keys(loader) == first[2:]
+    assert epoch_keys(loader) == second
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
@@ -537,9 +607,6 @@ def test_a_killed_worker_gives_an_error_and_the_loader_recovers(dataset: Path) -
 
 
 def test_what_a_worker_raises_is_not_taken_for_its_death(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> NoReturn:
-        raise RuntimeError("no memory for this tensor")
-
     monkeypatch.setattr(reading, "decode_image", fail)
     with pytest.raises(RuntimeError, match="no memory for this tensor"):
         list(DBRLoader(dataset, 5, num_workers=1))

@@ -31,13 +31,10 @@ def find_bad_shards(dataset: DistilledDataset, cache: ShardCache | None) -> dict
 
 
 def _hold_sound(cache: ShardCache, entry: ShardEntry) -> None:
-    """Holds a shard and compares it; one that was damaged since it was fetched is fetched anew."""
+    """Holds a shard; one that was damaged since it was fetched is fetched, and so compared, anew."""
     cache.hold([entry])
-    try:
-        _compare(cache.path(entry), entry)
-    except FormatError:
-        cache.discard(entry.name)
-        cache.hold([entry])  # which compares what it fetches
+    cache.discard_damaged(entry)
+    cache.hold([entry])
 
 
 def _compare(path: Path, entry: ShardEntry) -> None:

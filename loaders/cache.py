@@ -1,9 +1,12 @@
 """A folder of shards fetched from a URL, which several processes and trainings share.
 
-    <cache_dir>/lock                              held while room is made or a file gets its name
-    <cache_dir>/<dataset id>/shard-00000.tar      a whole, checked shard
-    <cache_dir>/<dataset id>/shard-00000.tar.part a shard being fetched, of its full size from the beginning
-    <cache_dir>/<dataset id>/shard-00000.tar.lock held exclusively by who fetches or evicts, shared by who reads
+    <cache_dir>/lock                                   held while room is made or a file gets or loses its name
+    <cache_dir>/<dataset id>/shard-00000.tar           a whole shard, checked when it was fetched
+    <cache_dir>/<dataset id>/shard-00000.tar.lock      shared by who wants the shard, held exclusively by who evicts it
+    <cache_dir>/<dataset id>/shard-00000.tar.part      a shard being fetched, of its full size from the beginning
+    <cache_dir>/<dataset id>/shard-00000.tar.part.lock held exclusively by who fetches, or evicts what is left of it
+
+So a shard that has been damaged is fetched anew while others read it: what they have open stays what it was.
 
 Locks are the operating system's (flock): they end with the process that holds them, however it ends, so what a
 killed one leaves is an unlocked .part, which is written anew or evicted. Lock files are empty and stay. A process
@@ -21,7 +24,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from nrrdd_format.errors import NrrddError, OutputError
+from nrrdd_format.copies import verified_chunks
+from nrrdd_format.errors import FormatError, NrrddError, OutputError
 from nrrdd_format.files import locked, release
 from nrrdd_format.remote import RemoteFolder
 from nrrdd_format.shards import ShardEntry
@@ -53,14 +57,14 @@ class ShardCache:
         Raises FormatError naming the URL: a shard cannot be fetched; OutputError: another process holds one and does
         nothing.
         """
-        names = {entry.name for entry in entries}
         self._forget_the_parents()
-        for name in self._held.keys() - names:
-            release(self._held.pop(name))
-        waiting = [entry for entry in entries if entry.name not in self._held]
         seen: list[int] = []
         deadline, patience = 0.0, _PATIENCE * self._remote.longest_pause
         with _disk_errors(self.folder):
+            here = {entry.name for entry in entries if self._is_here(entry)}  # others may have discarded what is held
+            for name in self._held.keys() - here:
+                release(self._held.pop(name))
+            waiting = [entry for entry in entries if entry.name not in self._held]
             while waiting := [entry for entry in waiting if not self._try_hold(entry)]:
                 progress = [_modified(self._part(entry)) for entry in waiting]
                 if progress != seen:
@@ -82,12 +86,21 @@ class ShardCache:
         """Where a shard lies once it is held."""
         return self.folder / entry.name
 
-    def discard(self, name: str) -> None:
-        """Removes a shard that turned out to be damaged: who needs it next fetches it anew."""
+    def discard_damaged(self, entry: ShardEntry) -> bool:
+        """Removes a shard that is not what the manifest says: who needs it next fetches it anew.
+
+        Returns whether it did. False: the shard is sound, or another process has removed it meanwhile.
+        """
+        path = self.path(entry)
         with _disk_errors(self.folder):
-            (self.folder / name).unlink(missing_ok=True)
-        if name in self._held:
-            release(self._held.pop(name))
+            found = _inode(path)
+            if found is None or _is_sound(path, entry):
+                return False
+            with locked(self._root / "lock"):
+                damaged = found == _inode(path)  # not what another process has fetched since
+                if damaged:
+                    path.unlink()
+        return damaged
 
     def _forget_the_parents(self) -> None:
         """In a forked process: closes what its parent holds, without unlocking it."""
@@ -102,22 +115,18 @@ class ShardCache:
     def _prefetch(self, entries: Iterable[ShardEntry]) -> None:
         with suppress(NrrddError, OSError):  # whoever comes to need the shard tries again, and says what is wrong
             for entry in entries:
-                lock = self._open_lock(self.path(entry))
-                try:
-                    if _locked(lock, fcntl.LOCK_EX):
-                        self._fetch(entry)
-                finally:
-                    release(lock)
+                self._try_fetch(entry)
 
     def _try_hold(self, entry: ShardEntry) -> bool:
-        """Holds a shard, fetched if it is missing; False: another process is about to."""
+        """Holds a shard, fetched if it is missing; False: another process is at it."""
         lock = self._open_lock(self.path(entry))
         try:
-            if not self._is_here(entry) and _locked(lock, fcntl.LOCK_EX):
-                self._fetch(entry)
-            # Turning a lock into a shared one lets others in between, so look again.
-            if _locked(lock, fcntl.LOCK_SH) and self._is_here(entry):
-                os.utime(self.path(entry))
+            if not _locked(lock, fcntl.LOCK_SH):
+                return False
+            if not self._is_here(entry):
+                self._try_fetch(entry)
+            if self._is_here(entry):
+                _touch(self.path(entry))
                 self._held[entry.name], lock = lock, -1
                 return True
         finally:
@@ -125,10 +134,17 @@ class ShardCache:
                 release(lock)
         return False
 
+    def _try_fetch(self, entry: ShardEntry) -> None:
+        """Fetches a shard unless another process does, or has done so."""
+        lock = self._open_lock(self._part(entry))
+        try:
+            if _locked(lock, fcntl.LOCK_EX) and not self._is_here(entry):
+                self._fetch(entry)
+        finally:
+            release(lock)
+
     def _fetch(self, entry: ShardEntry) -> None:
-        """Fetches a shard whose exclusive lock this process holds, unless another has done so before."""
-        if self._is_here(entry):
-            return
+        """Fetches a shard; this process holds the lock of its .part."""
         part = self._part(entry)
         try:
             self._reserve(entry)
@@ -174,7 +190,7 @@ class ShardCache:
 
     def _removed(self, file: Path) -> bool:
         """Removes a shard, or what is there of it, unless somebody reads or fetches it."""
-        lock = self._open_lock(file.with_suffix("") if file.suffix == ".part" else file)
+        lock = self._open_lock(file)
         try:
             free = _locked(lock, fcntl.LOCK_EX)
             if free:
@@ -193,9 +209,9 @@ class ShardCache:
     def _part(self, entry: ShardEntry) -> Path:
         return self.folder / f"{entry.name}.part"
 
-    def _open_lock(self, shard: Path) -> int:
-        shard.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(f"{shard}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    def _open_lock(self, file: Path) -> int:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(f"{file}.lock", os.O_RDWR | os.O_CREAT, 0o644)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_held": {}}
@@ -211,6 +227,30 @@ def _locked(descriptor: int, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _is_sound(path: Path, entry: ShardEntry) -> bool:
+    """Reads a whole shard and compares it with the manifest."""
+    try:
+        for _ in verified_chunks(path, entry):
+            pass
+    except FormatError:
+        return False
+    return True
+
+
+def _inode(file: Path) -> int | None:
+    """What tells a file from another of the same name; None: there is none."""
+    try:
+        return file.stat().st_ino
+    except FileNotFoundError:
+        return None
+
+
+def _touch(file: Path) -> None:
+    """Marks a file as wanted now, unless another process has just removed it."""
+    with suppress(FileNotFoundError):
+        os.utime(file)
 
 
 def _size(file: Path) -> int:

@@ -62,23 +62,33 @@ class BatchReader(Dataset[Reading]):
         self._records: dict[int, PairRecords] = {}
 
     def __getitem__(self, assignment: Assignment) -> Reading:
+        reading = self._batch(assignment)
+        if isinstance(reading, FormatError) and self._cache is not None:
+            return self._discarded(reading, self._cache) or self._batch(assignment)
+        return reading
+
+    def _batch(self, assignment: Assignment) -> Parcel | NrrddError:
         epoch, start, stop, slot = assignment
         try:
             self._turn_to(epoch)
             return self._read(self._pairs(start, stop), slot)
-        except FormatError as error:
-            return self._discarded(error)
         except NrrddError as error:
             return error
 
-    def _discarded(self, error: FormatError) -> FormatError:
-        """Removes the cached shard that an error tells of, so that whoever reads it next fetches it anew."""
-        if self._cache is None or error.path is None or Path(error.path).parent != self._cache.folder:
+    def _discarded(self, error: FormatError, cache: ShardCache) -> FormatError | None:
+        """Removes the cached shard that an error tells of, so that whoever reads it next fetches it anew.
+
+        None: what lies in the cache is not what was read, as another process removed that before; to be read again.
+        """
+        names = [entry.name for entry in self._dataset.manifest.shards]
+        path = Path(error.path or "")
+        if path.parent != cache.folder or path.name not in names:
             return error
         self._dataset.shards.close()
         self._windows, self._records = {}, {}
         try:
-            self._cache.discard(Path(error.path).name)
+            if not cache.discard_damaged(self._dataset.manifest.shards[names.index(path.name)]):
+                return None
         except OutputError:  # a folder that cannot be written to: the damage is what matters
             return error
         removed = FormatError(

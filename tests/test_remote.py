@@ -476,7 +476,7 @@ def test_a_fetch_that_is_silent_between_attempts_is_waited_for(server: DatasetSe
     other.hold(entries)
     other.hold([])
     shared, _ = shard_cache(server, tmp_path, timeout=0.01)
-    lock = other._open_lock(other.path(entries[0]))
+    lock = other._open_lock(other._part(entries[0]))
     assert cache._locked(lock, fcntl.LOCK_EX)
     other.path(entries[0]).rename(tmp_path / "aside")
 
@@ -508,7 +508,7 @@ def test_a_holder_that_does_nothing_is_named(
 ) -> None:
     monkeypatch.setattr(remote, "_LONGEST_WAIT", 0.05)
     shared, entries = shard_cache(server, tmp_path, timeout=0.05)
-    lock = shared._open_lock(shared.path(entries[0]))
+    lock = shared._open_lock(shared._part(entries[0]))
     assert cache._locked(lock, fcntl.LOCK_EX)
     with pytest.raises(OutputError, match=r"shard-00000\.tar\.part: another process holds this shard .* 0\.5 seconds"):
         shared.hold(entries)
@@ -585,7 +585,7 @@ def test_an_epoch_under_a_limit_stays_under_it(
 
 def test_prefetching_goes_round_what_others_fetch_and_keeps_its_errors(server: DatasetServer, tmp_path: Path) -> None:
     shared, entries = shard_cache(server, tmp_path)
-    lock = shared._open_lock(shared.path(entries[0]))
+    lock = shared._open_lock(shared._part(entries[0]))
     assert cache._locked(lock, fcntl.LOCK_EX)
     shared._prefetch(entries[:2])
     assert names(tmp_path) == {entries[1].name}
@@ -670,9 +670,10 @@ def test_what_is_let_go_is_free_whatever_was_forked_meanwhile(
     other, _ = shard_cache(server, tmp_path)
     other._prefetch(entries[2:3])
     monkeypatch.undo()
-    lock = other._open_lock(other.path(entries[2]))
-    assert cache._locked(lock, fcntl.LOCK_EX)
-    os.close(lock)
+    for file in (other.path(entries[2]), other._part(entries[2])):
+        lock = other._open_lock(file)
+        assert cache._locked(lock, fcntl.LOCK_EX)
+        os.close(lock)
 
 
 def test_a_forked_process_unlocks_nothing_of_its_parent(server: DatasetServer, tmp_path: Path) -> None:
@@ -698,7 +699,6 @@ def test_a_shard_damaged_in_the_cache_is_fetched_anew(
     num_workers: int, dataset: Path, server: DatasetServer, loader_of: Callable[..., DBRLoader], tmp_path: Path
 ) -> None:
     expected = keys(loader_of())
-    gc.collect()  # or what that loader holds could not be fetched anew
     (cached,) = tmp_path.glob("cache/*/shard-00002.tar")
     damage(cached)
     loader = loader_of(num_workers=num_workers)
@@ -706,11 +706,64 @@ def test_a_shard_damaged_in_the_cache_is_fetched_anew(
         list(loader)
     loader.set_epoch(0)
     assert keys(loader) == expected
-    del loader
-    gc.collect()
     damage(cached)
     assert keys(loader_of(on_bad_shard="skip")) == expected
     assert server.fetched["shard-00002.tar"] == 3
+
+
+def test_a_shard_that_others_read_is_fetched_anew(server: DatasetServer, tmp_path: Path) -> None:
+    one, entries = shard_cache(server, tmp_path)
+    one.hold(entries)
+    other, _ = shard_cache(server, tmp_path)
+    other.hold(entries)
+    entry, path = entries[1], one.path(entries[1])
+    sound = path.read_bytes()
+    assert not one.discard_damaged(entry)
+    damage(path)
+    with open(path, "rb") as being_read:
+        assert one.discard_damaged(entry)
+        assert not other.discard_damaged(entry)  # it is gone
+        one.hold(entries)
+        assert not other.discard_damaged(entry)  # it is sound again
+        assert path.read_bytes() == sound != being_read.read()
+    full, _ = shard_cache(server, tmp_path, limit=entry.bytes)
+    with pytest.raises(OutputError, match="no room"):
+        full._evict(1, entry)
+    path.unlink()
+    other.hold(entries)
+    assert path.read_bytes() == sound
+    assert server.fetched == {**dict.fromkeys((entry.name for entry in entries), 1), entry.name: 3}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_damage_that_another_loader_has_mended_is_no_error(
+    num_workers: int, dataset: Path, server: DatasetServer, loader_of: Callable[..., DBRLoader], tmp_path: Path
+) -> None:
+    """The second loader has the damaged file open."""
+    local = DBRLoader(dataset, 5)
+    loaders = [loader_of(num_workers=number, cache_bytes=0) for number in (0, num_workers)]
+    expected = keys(local)
+    assert [keys(loader) for loader in loaders] == [expected] * 2
+    (cached,) = tmp_path.glob("cache/*/shard-00002.tar")
+    damage(cached)
+    with pytest.raises(FormatError, match="is fetched anew"):
+        list(loaders[0])
+    expected = keys(local)
+    assert [keys(loader) for loader in loaders] == [expected] * 2
+    assert server.fetched["shard-00002.tar"] == 2
+
+
+def test_a_loader_fetches_what_others_have_removed(
+    dataset: Path, server: DatasetServer, loader_of: Callable[..., DBRLoader], tmp_path: Path
+) -> None:
+    """While it holds the shard, but has not opened it yet."""
+    loader = loader_of()
+    batches = iter(loader)
+    next(batches)
+    for file in tmp_path.glob("cache/*/*.tar"):
+        file.unlink()
+    assert sum(len(batch) for batch in batches) == PAIRS - 5
+    assert max(server.fetched.values()) == 2
 
 
 def test_damage_in_a_cache_that_cannot_be_changed_is_named(
@@ -720,10 +773,10 @@ def test_damage_in_a_cache_that_cannot_be_changed_is_named(
     (cached,) = tmp_path.glob("cache/*/shard-00002.tar")
     damage(cached)
 
-    def refuse(self: ShardCache, name: str) -> None:
+    def refuse(self: ShardCache, entry: ShardEntry) -> bool:
         raise OutputError("read-only")
 
-    monkeypatch.setattr(ShardCache, "discard", refuse)
+    monkeypatch.setattr(ShardCache, "discard_damaged", refuse)
     with pytest.raises(FormatError, match=r"shard-00002\.tar(?!.*removed)"):
         list(loader_of(num_workers=1))
 

@@ -310,7 +310,7 @@ class DBRLoader:
 
     def _skip_bad_shards(self) -> None:
         """Leaves out the shards that are bad on any rank, with one warning. All ranks come here."""
-        bad = find_bad_shards(self._dataset, self._cache)
+        bad = self._bad_shards()
         found = [bad] if self._agreement is None else self._agreement.gathered(bad)
         reasons = {shard: reason for of_rank in reversed(found) for shard, reason in of_rank.items()}
         if not reasons:
@@ -323,6 +323,23 @@ class DBRLoader:
             f"({', '.join(self._skipped_names())}); the first: {first}",
             stacklevel=3,
         )
+
+    def _bad_shards(self) -> dict[int, str]:
+        """Those of this rank. What keeps one rank from looking is raised on all: the others would wait for it."""
+        bad: dict[int, str] = {}
+        failure: NrrddError | None = None
+        try:
+            bad = find_bad_shards(self._dataset, self._cache)
+        except NrrddError as error:
+            failure = error
+        if self._agreement is not None:
+            failure = self._agreement.any_error(failure)
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # or error and traceback would keep each other, and what the cache holds, alive
+        return bad
 
     def _skipped_names(self) -> list[str]:
         return [self._manifest.shards[shard].name for shard in sorted(self._shards.skipped)]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from faulty_server import serving
 from make_dataset import make_tiny_dataset
 
 from loaders import DBRLoader, order
@@ -51,7 +52,7 @@ def distances(loader: DBRLoader) -> list[float]:
     return [float(value) for batch in loader for value in batch.distance_org]
 
 
-def skipping(path: Path, batch_size: int = 5, **options: Any) -> DBRLoader:
+def skipping(path: Path | str, batch_size: int = 5, **options: Any) -> DBRLoader:
     """A loader that skips, its warning left out."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -180,6 +181,19 @@ def test_skipping_is_agreed_by_all_ranks(dataset: Path, tmp_path: Path) -> None:
         truncate(dataset / damaged)
     alone = [float(batch.distance_org.sum()) for batch in skipping(dataset, 4)]
     assert first[1] == pytest.approx(alone)
+
+
+def test_a_rank_that_cannot_look_for_bad_shards_ends_all(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "0").write_text("in the way of a cache")
+
+    def train(rank: int, path: Path) -> object:
+        skipping(server.url, 2, cache_dir=path, attempts=1)
+        return "went on alone"
+
+    with serving(dataset) as server:
+        own, other = run_ranks(tmp_path, train, 2)
+    assert own.startswith(f"OutputError: {tmp_path}/0/") and "cannot keep shards here" in own
+    assert other == f"NrrddError: rank 0 cannot go on: {own.removeprefix('OutputError: ')}"
 
 
 def test_ranks_that_read_different_things_are_refused(dataset: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from urllib.parse import SplitResult, urlsplit
 from urllib.request import url2pathname
 
 from nrrdd_format.errors import ConfigError, FormatError
+from nrrdd_format.json_checks import parse_json
 from nrrdd_format.limits import MAX_MANIFEST_BYTES
 from nrrdd_format.manifest import MANIFEST_NAME, Manifest
 from nrrdd_format.shards import ShardEntry
@@ -22,6 +23,8 @@ from nrrdd_format.shards import ShardEntry
 EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gs", "hf": "hf"}
 """Scheme of a URL -> the extra that installs what reads it."""
 _SCHEME = re.compile(r"(pipe):|([^/]*)://")
+_USER = re.compile(r"//[^\s/?#]*@")  # and password
+_QUERY = re.compile(r"\?\S+")
 _CHUNK = 2**20
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between attempts; each wait is twice the one before
 _REFUSALS = (401, 403, 404, 410)  # HTTP statuses that another attempt does not change
@@ -94,11 +97,21 @@ class RemoteFolder:
 
     def manifest(self) -> Manifest:
         """Fetches and reads `dataset.json`. Raises FormatError naming its URL."""
-        pieces = self.retried(MANIFEST_NAME, lambda: list(self.pieces(MANIFEST_NAME, MAX_MANIFEST_BYTES)))
+        data = self.retried(MANIFEST_NAME, self._manifest_bytes)
         try:
-            return Manifest.decode(b"".join(pieces))
+            return Manifest.decode(data)
         except FormatError as error:
             raise error.located(path=self.shown(MANIFEST_NAME)) from None
+
+    def _manifest_bytes(self) -> bytes:
+        """Nothing says how long a manifest is, but one that was cut off is no JSON, and worth another attempt."""
+        data = b"".join(self.pieces(MANIFEST_NAME, MAX_MANIFEST_BYTES))
+        if len(data) <= MAX_MANIFEST_BYTES:
+            try:
+                parse_json(data)
+            except FormatError as error:
+                raise FormatError(f"what came {error.reason}") from None
+        return data
 
     def shard(self, entry: ShardEntry) -> Iterator[bytes]:
         """The bytes of a shard in pieces, no more than it has.
@@ -216,4 +229,5 @@ class RemoteFolder:
         parts = urlsplit(self.url)
         for secret in filter(None, (parts.query, parts.netloc.rpartition("@")[0])):
             text = text.replace(secret, "...")
-        return text
+        # Backends write a URL in forms of their own (other characters are percent-encoded), and name others.
+        return _QUERY.sub("?...", _USER.sub("//...@", text))

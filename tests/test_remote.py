@@ -133,7 +133,7 @@ def test_the_first_batch_needs_the_first_window_only(
 @pytest.mark.parametrize(
     ("name", "fault"),
     [
-        *(("dataset.json", fault) for fault in (cut, hang_up, status(500), status(503))),
+        *(("dataset.json", fault) for fault in (cut, hang_up, status(500), status(503), truncate)),
         *(("shard-00001.tar", fault) for fault in (cut, hang_up, status(500), truncate, lengthen, alter)),
     ],
 )
@@ -199,8 +199,8 @@ def test_a_lasting_fault_is_named_by_workers_too(server: DatasetServer, loader_o
     [
         (status(404), "cannot be fetched: there is no such file"),
         (cut, r"cannot be fetched \(3 attempts\): ClientPayloadError"),
-        (truncate, "is not valid JSON"),
-        (lengthen, "is not valid JSON"),
+        (truncate, r"cannot be fetched \(3 attempts\): what came is not valid JSON"),
+        (lengthen, r"cannot be fetched \(3 attempts\): what came is not valid JSON"),
     ],
 )
 def test_a_bad_manifest_is_named(
@@ -241,6 +241,38 @@ def test_a_token_travels_and_is_not_shown(
             DBRLoader(url, 5, cache_dir=tmp_path, attempts=1)
         assert "s3cret" not in str(caught.value)
     assert RemoteFolder(url="https://user:word@host/data?a=b").shown("x.tar") == "https://host/data/x.tar"
+
+
+def redirect(handler: Handler, data: bytes) -> None:
+    """To itself, for ever: the error quotes the URL."""
+    handler.send_response(302)
+    handler.send_header("Location", handler.path)
+    handler.send_header("Content-Length", "0")
+    handler.end_headers()
+
+
+@pytest.mark.parametrize("token", ["s3cret", "a%2Fb%3Ds3cret", "s3cret%20x", "s3cret x", "s3cret'x", "s3cret\u00e9"])
+def test_a_signature_is_not_shown_in_any_form(token: str, server: DatasetServer) -> None:
+    server.faults["dataset.json"] = [redirect] * 99
+    with pytest.raises(FormatError, match=r"TooManyRedirects: .*dataset\.json\?\.\.\.") as caught:
+        RemoteFolder(url=f"{server.url}?sig={token}", attempts=1).manifest()
+    assert not any(word in str(caught.value) for word in ("s3cret", "sig", "%2F"))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("no host in https://me:a%40b@host/x?sig=1&b=2", "no host in https://...@host/x?..."),
+        ("no host in https://me:a@b@host/x", "no host in https://...@host/x"),
+        (
+            "moved (url='http://other/x?t=1#f'), twice: s3://b/x?t=2",
+            "moved (url='http://other/x?... twice: s3://b/x?...",
+        ),
+        ("neither: me@host/x or http://host/a@b", "neither: me@host/x or http://host/a@b"),
+    ],
+)
+def test_no_secret_of_any_url_is_shown(text: str, shown: str) -> None:
+    assert RemoteFolder(url="https://host/data")._fault(OSError(text)).reason == f"OSError: {shown}"
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,7 @@ class DBRLoader:
         """Goes to where `state_dict` was taken; batch size, workers and number of processes may differ.
 
         The epoch starts there until it ends or another is set. A running loop ends as if there were no more batches.
+        Where more processes than pairs are left of the epoch, these are left out.
 
         Raises:
             ConfigError: the state is of another dataset, seed or kind, with other shards skipped, or damaged;

@@ -142,7 +142,7 @@ def epoch_steps(pairs: int, *, start: int = 0, world_size: int, batch_size: int,
     """Divides what is left of an epoch into steps of world_size * batch_size pairs.
 
     A shorter tail is the last step, joins the step before where it has less than a pair for each rank, or is left
-    out with `drop_last`.
+    out with `drop_last`. Where less than a pair for each rank is left of an epoch that was begun, there is no step.
 
     Args:
         pairs: N, pairs of the whole epoch.
@@ -152,14 +152,14 @@ def epoch_steps(pairs: int, *, start: int = 0, world_size: int, batch_size: int,
         drop_last: leave a tail out.
 
     Raises:
-        ConfigError: the pairs left are too few to give each rank one.
+        ConfigError: the epoch has too few pairs to give each rank one.
     """
     stride = world_size * batch_size
     whole, tail = divmod(pairs - start, stride)
-    if tail and not drop_last and not whole and tail < world_size:
+    if not start and not drop_last and pairs < world_size:
         raise ConfigError(
-            f"{counted(tail, 'pair')} left in the epoch for {world_size} processes, expected at least one each; "
-            f"use fewer processes or drop_last=True"
+            f"{counted(pairs, 'pair')} in an epoch for {world_size} processes, expected at least one each; "
+            f"use fewer processes"
         )
     own_step = tail >= world_size and not drop_last
     stop = pairs - tail if drop_last else pairs

@@ -444,6 +444,15 @@ def test_a_resume_with_other_ranks_and_batch_size_covers_the_rest(dataset: Path)
     assert all(torch.equal(rest[name], whole[name][4:]) for name in whole)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_rest_too_small_for_each_rank_is_left_out(dataset: Path, num_workers: int) -> None:
+    loader = DBRLoader(dataset, 1, rank=3, world_size=4, num_workers=num_workers)
+    second = epoch_keys(resumed_at(loader, {"epoch": 1}))
+    assert epoch_keys(resumed_at(loader, {"epoch": 0, "pairs": PAIRS - 3})) == []
+    assert (loader.epoch, loader.state_dict()["pairs"]) == (1, 0)
+    assert epoch_keys(loader) == second
+
+
 def test_a_state_of_another_dataset_is_refused_with_both_ids(dataset: Path, tmp_path: Path) -> None:
     other = DBRLoader(make_tiny_dataset(tmp_path / "other", seed=1), 5)
     loader = DBRLoader(dataset, 5)
@@ -490,7 +499,7 @@ def test_a_wrong_state_is_refused_and_changes_nothing(dataset: Path, change: dic
         ({"rank": 0.0, "world_size": 1}, "rank 0.0 of world_size 1"),
         ({"rank": 0}, "rank 0 of world_size None: expected both"),
         ({"rank": 2, "world_size": 2}, "rank 2 of world_size 2"),
-        ({"rank": 0, "world_size": PAIRS + 1}, "12 pairs left in the epoch for 13 processes"),
+        ({"rank": 0, "world_size": PAIRS + 1}, "12 pairs in an epoch for 13 processes"),
         ({"batch_size": PAIRS + 1, "drop_last": True}, "drop_last leaves no batch"),
         ({"device": "toaster"}, "device: "),
     ],

@@ -94,7 +94,7 @@ def open_block(data: bytes, layout: RecordLayout, *, shard: int, number: int, ep
         FormatError: however the bytes are wrong.
     """
     first = number * layout.block_epochs
-    count = min(layout.block_epochs, epochs - first)
+    count = epochs_in_block(layout, number, epochs)
     content = np.frombuffer(decompress(data, content_bytes(layout, count), "record block"), np.uint8)
     first_level = count * packed_bytes(layout)
     first_further = first_level + count * layout.pairs * _level_bytes(layout)
@@ -117,15 +117,20 @@ def content_bytes(layout: RecordLayout, epochs: int) -> int:
     return length
 
 
-def max_block_bytes(layout: RecordLayout) -> int:
-    """Upper bound of a compressed block's length, checked before one is read."""
-    content = content_bytes(layout, layout.block_epochs)
+def max_block_bytes(layout: RecordLayout, epochs: int) -> int:
+    """Upper bound of the length of a compressed block of so many epochs, checked before one is read."""
+    content = content_bytes(layout, epochs)
     return content + content // 128 + 512
 
 
 def block_count(layout: RecordLayout, epochs: int) -> int:
     """Number of blocks that so many epochs take."""
     return -(-epochs // layout.block_epochs)
+
+
+def epochs_in_block(layout: RecordLayout, number: int, epochs: int) -> int:
+    """How many of so many epochs a block holds: the last one may hold fewer than K."""
+    return min(layout.block_epochs, epochs - number * layout.block_epochs)
 
 
 def _level_bytes(layout: RecordLayout) -> int:

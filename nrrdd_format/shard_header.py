@@ -23,7 +23,7 @@ from nrrdd_format.limits import (
 )
 from nrrdd_format.pairs import RecordLayout
 from nrrdd_format.priors import Priors
-from nrrdd_format.records import block_count, max_block_bytes
+from nrrdd_format.records import block_count, epochs_in_block, max_block_bytes
 from nrrdd_format.versions import Version, check_version
 
 FORMAT = "nrrdd-shard"
@@ -111,10 +111,12 @@ class RecordsHead:
     def parse(cls, data: bytes, layout: RecordLayout, *, epochs: int) -> RecordsHead:
         """Check and read the head against what the shard header and the layout promise."""
         content = unpack_frame(data)
-        pairs, blocks, max_block = layout.pairs, block_count(layout, epochs), max_block_bytes(layout)
+        pairs, blocks = layout.pairs, block_count(layout, epochs)
+        full, last = (max_block_bytes(layout, epochs_in_block(layout, b, epochs)) for b in (0, blocks - 1))
         bounded(content.get("epochs"), "epochs", epochs, epochs)
         bounded(content.get("pairs"), "pairs", pairs, pairs)
-        sizes = [bounded(b, "block size", 1, max_block) for b in _list(content, "blocks", blocks, blocks)]
+        stated = zip(_list(content, "blocks", blocks, blocks), [full] * (blocks - 1) + [last], strict=True)
+        sizes = [bounded(size, "block size", 1, most) for size, most in stated]
         crcs = [bounded(c, "block crc32", 0, 2**32 - 1) for c in _list(content, "crcs", blocks, blocks)]
         return cls(
             epochs=epochs, pairs=pairs, blocks=tuple(sizes), crcs=tuple(crcs), priors=_read_priors(content, layout)

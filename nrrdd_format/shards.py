@@ -24,7 +24,7 @@ from nrrdd_format.limits import MAX_CLASSES, MAX_EPOCHS, MAX_IMAGE_BYTES, MAX_IN
 from nrrdd_format.pairs import PairRecords, RecordLayout
 from nrrdd_format.pread import PositionedFile
 from nrrdd_format.priors import Priors
-from nrrdd_format.records import block_count, max_block_bytes, open_block
+from nrrdd_format.records import block_count, epochs_in_block, max_block_bytes, open_block
 from nrrdd_format.shard_header import (
     EXTENSIONS,
     HEADER_NAME,
@@ -144,7 +144,7 @@ def _check_content(
     _require(extension in EXTENSIONS, f"image extension {extension!r}: expected one of {', '.join(EXTENSIONS)}")
     _require(len(images) == layout.images, f"shard {shard}: {len(images)} images, expected {layout.images}")
     _require(1 <= epochs <= MAX_EPOCHS, f"shard {shard}: {epochs} epochs, expected 1..{MAX_EPOCHS}")
-    max_block_bytes(layout)  # raises where the blocks are over the limit
+    max_block_bytes(layout, epochs_in_block(layout, 0, epochs))  # raises where the blocks are over the limit
     count = block_count(layout, epochs)
     _require(len(blocks) == count, f"shard {shard}: {len(blocks)} record blocks, expected {count}")
     _require(len({i.index for i in images}) == len(images), f"shard {shard}: an image index appears twice")
@@ -270,7 +270,7 @@ class ShardReader:
     def block_records(self, number: int) -> Iterator[PairRecords]:
         """The pairs of every epoch of one record block, which is decompressed once."""
         first = number * self.layout.block_epochs
-        return self._read_block(number, range(first, min(first + self.layout.block_epochs, self.epochs)))
+        return self._read_block(number, range(first, first + epochs_in_block(self.layout, number, self.epochs)))
 
     def all_records(self) -> Iterator[PairRecords]:
         """The pairs of every epoch, in order."""

@@ -188,5 +188,5 @@ def test_a_layout_has_as_many_further_classes_as_there_can_be(further: int, clas
 def test_further_classes_count_in_the_size_of_a_block() -> None:
     layout = further_manifest("verbatim", further=16).layout_for(262144)
     with pytest.raises(FormatError, match="expected at most 16777216"):
-        max_block_bytes(replace(layout, block_epochs=2))
-    max_block_bytes(replace(layout, block_epochs=2, further=None))
+        max_block_bytes(layout, 2)
+    max_block_bytes(replace(layout, further=None), 2)

@@ -24,7 +24,14 @@ from nrrdd_format.codebooks import (
 )
 from nrrdd_format.errors import ConfigError, FormatError
 from nrrdd_format.pairs import Coding, PairDraws, PairRecords, RecordLayout, cycle_bounds, draw_pairs, expand
-from nrrdd_format.records import block_count, encode_block, encode_shard_records, max_block_bytes, open_block
+from nrrdd_format.records import (
+    block_count,
+    encode_block,
+    encode_shard_records,
+    epochs_in_block,
+    max_block_bytes,
+    open_block,
+)
 
 CODINGS: tuple[Coding, ...] = ("explicit", "derived", "verbatim")
 
@@ -202,7 +209,8 @@ def test_blocks_round_trip(layout: RecordLayout, epochs: int, step: int) -> None
     records = [some_pairs(layout, epoch, step + epoch) for epoch in range(epochs)]
     blocks = encode_shard_records(records, layout, 0)
     assert len(blocks) == block_count(layout, epochs)
-    assert max(map(len, blocks)) <= max_block_bytes(layout)
+    for number, data in enumerate(blocks):
+        assert len(data) <= max_block_bytes(layout, epochs_in_block(layout, number, epochs))
     for epoch in range(epochs):
         number = epoch // layout.block_epochs
         block = open_block(blocks[number], layout, shard=0, number=number, epochs=epochs)
@@ -324,7 +332,7 @@ def test_a_block_of_fewer_epochs_than_it_should_hold_is_refused() -> None:
 
 def test_blocks_over_the_limit_are_refused_before_they_are_read() -> None:
     with pytest.raises(FormatError, match=r"record blocks of \d+ bytes, expected at most 16777216"):
-        max_block_bytes(make_layout(coding="verbatim", images=262144, block_epochs=300))
+        max_block_bytes(make_layout(coding="verbatim", images=262144), 300)
 
 
 def test_a_zstd_bomb_is_refused_before_it_is_unpacked() -> None:

@@ -26,6 +26,7 @@ from nrrdd_format.errors import ConfigError, DataError, FormatError, NrrddError,
 from nrrdd_format.frames import pack_frame, payload_length, unpack_frame
 from nrrdd_format.limits import MAX_HEADER_BYTES
 from nrrdd_format.pairs import RecordLayout
+from nrrdd_format.records import max_block_bytes
 from nrrdd_format.shard_header import HEADER_NAME, RECORDS_NAME, parse_image_name
 from nrrdd_format.shards import EncodedImage, ShardReader, file_sha256, shard_name, shard_number, write_shard
 from nrrdd_format.verify import unread_faults, verify_dataset
@@ -48,6 +49,24 @@ def read_all(path: Path, layout: RecordLayout = LAYOUT) -> None:
             reader.records(epoch)
         for fault in unread_faults(reader):
             raise fault.located(path=path)
+
+
+def test_a_shard_of_fewer_epochs_than_a_block_may_hold(tmp_path: Path) -> None:
+    """A whole block of them would be over the limit."""
+    path = write_tiny(tmp_path / "few", tiny_manifest(epochs=3, block_epochs=65536), shards=1, images=200)
+    with open_dataset(path) as dataset:
+        assert len(list(dataset.shards[0].all_records())) == 3
+
+
+def test_a_last_block_has_the_bound_of_its_own_epochs(tmp_path: Path) -> None:
+    manifest = tiny_manifest(epochs=3, block_epochs=2)
+    path = write_tiny(tmp_path / "three", manifest, shards=1, images=200) / "shard-00000.tar"
+    layout = manifest.layout_for(200)
+    most = max_block_bytes(layout, 1)
+    assert most < max_block_bytes(layout, 2)
+    rewrite(path, blocks=lambda blocks: [blocks[0], blocks[1] + bytes(most + 1 - len(blocks[1]))])
+    with pytest.raises(FormatError, match=rf"block size is {most + 1}, expected 1\.\.{most}"):
+        read_all(path, layout)
 
 
 def members_of(path: Path) -> list[tuple[str, bytes]]:

@@ -19,7 +19,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.accuracy import add_grid, make_grid, recovery, run_or_collect, spread_of, top1
+from benchmarks.accuracy import RECOVERED, add_grid, make_grid, paired, recovery, run_or_collect, spread_of, top1
 from benchmarks.command import run
 from benchmarks.grid import Grid, Table, require_teacher, stored_epochs
 from benchmarks.results_io import (
@@ -110,11 +110,13 @@ def report(taught: Sequence[Taught]) -> str:
         circumstances_text([result.made for result in results]),
         accuracy_table(taught),
     ]
+    if len(taught) > 1:
+        parts += [
+            f"Against the first teacher ({taught[0].name}), seed by seed, in points: mean and its 95 % interval.",
+            difference_table(taught),
+        ]
     if {"one-hot", "soft"} < set(grid.labels):
-        heading = (
-            "Of what soft labels gain over one-hot, these labels recover, in %, over the seeds that have all three:"
-        )
-        parts += [heading, recovery_table(taught)]
+        parts += [RECOVERED, recovery_table(taught)]
     return "\n\n".join(parts)
 
 
@@ -124,6 +126,17 @@ def accuracy_table(taught: Sequence[Taught]) -> str:
     rows = [
         [*start, *(spread_of(tops[labels], len(grid.seeds)) for labels in grid.labels)] for start, tops in _rows(taught)
     ]
+    return markdown_table([*START, *grid.labels], rows)
+
+
+def difference_table(taught: Sequence[Taught]) -> str:
+    """What each teacher but the first changes, by images and teacher (rows) and labels (columns)."""
+    lines, grid = list(_rows(taught)), taught[0].grid
+    rows = []
+    for number, (start, tops) in enumerate(lines):
+        of_images = number - number % len(taught)
+        if number > of_images:
+            rows.append([*start, *(paired(lines[of_images][1][labels], tops[labels]) for labels in grid.labels)])
     return markdown_table([*START, *grid.labels], rows)
 
 

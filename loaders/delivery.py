@@ -35,15 +35,16 @@ class Slots:
 
     Args:
         count: how many batches may lie in slots at a time.
-        nbytes: size of a slot. Nothing is touched here: what no batch fills takes up no memory (but room in /dev/shm).
-        shared: other processes write them.
+        nbytes: size of a slot.
+        shared: other processes write them. Shared memory is taken in full here (torch calls posix_fallocate), so that a
+            want of room is an error now, and no SIGBUS later; other memory as batches first fill it.
 
     Raises:
         RuntimeError: there is not so much shared memory.
     """
 
     def __init__(self, count: int, nbytes: int, *, shared: bool) -> None:
-        # `share_memory_` would copy, and so touch, every page.
+        # `share_memory_` would take the memory twice, and copy every page.
         new: Callable[[int], torch.UntypedStorage] = (
             torch.UntypedStorage._new_shared if shared else torch.UntypedStorage
         )

@@ -186,7 +186,7 @@ class DBRLoader:
         self._position = _Position(epoch=0)
         self._iterations = 0  # begun so far: the last one alone may take batches from the workers
         self._warned = False
-        self._torch_loader = self._new_torch_loader()
+        self._torch_loader: DataLoader[Reading] | None = None  # the first iteration makes it: it takes shared memory
         _require(
             len(self) > 0,
             f"batch_size: {batch_size} pairs for each process, but the dataset has {self._pairs} pairs, so "
@@ -208,11 +208,10 @@ class DBRLoader:
         position.given = position.start
         self._iterations = iteration = self._iterations + 1
         self._warn_when_repeating(position.epoch)
-        rank, world_size = self._ranks or distributed_ranks()
         self._compare_ranks()
         steps = self._steps(position.start)
-        self._assignments.set(position.epoch, steps, rank=rank, world_size=world_size)
-        for (_, stop), batch in zip(steps, map(self._finished, self._readings()), strict=True):
+        readings = self._readings(self._assigned(position.epoch, steps))
+        for (_, stop), batch in zip(steps, map(self._finished, readings), strict=True):
             position.given, position.all_given = stop, stop == steps.stop
             yield batch
             _require(
@@ -351,6 +350,14 @@ class DBRLoader:
             state = {**self.state_dict(), "batch_size": self._batch_size, "drop_last": self._drop_last}
             self._agreement.require_same("loader", state)
 
+    def _assigned(self, epoch: int, steps: EpochSteps) -> DataLoader[Reading]:
+        """torch's loader, whose next iteration reads this rank's part of these steps."""
+        rank, world_size = self._ranks or distributed_ranks()
+        if self._torch_loader is None:
+            self._torch_loader = self._new_torch_loader()
+        self._assignments.set(epoch, steps, rank=rank, world_size=world_size)
+        return self._torch_loader
+
     def _new_torch_loader(self) -> DataLoader[Reading]:
         self._slots = self._new_slots()
         self._assignments = _Assignments(self._slots)
@@ -391,19 +398,19 @@ class DBRLoader:
                 f"no room for {count * nbytes:,} bytes of {'shared ' if self._num_workers else ''}memory ({count} "
                 f"batches), so every batch takes new memory, which is slower; "
                 f"{'make /dev/shm larger, or lower num_workers or' if self._num_workers else 'lower'} batch_size",
-                stacklevel=4,
+                stacklevel=5,
             )
             return None
 
-    def _readings(self) -> Iterator[DBRBatch | PlannedBatch | NrrddError]:
+    def _readings(self, torch_loader: DataLoader[Reading]) -> Iterator[DBRBatch | PlannedBatch | NrrddError]:
         try:
-            yield from map(self._opened, self._torch_loader)
+            yield from map(self._opened, torch_loader)
         except (ConnectionError, EOFError, RuntimeError) as error:
             # Usually torch says so itself; a batch that the dead process had sent shows as a broken connection.
             # What a living worker raised ("Caught RuntimeError in DataLoader worker process 0.") is no death.
             if str(error).startswith("Caught ") or (isinstance(error, RuntimeError) and _DEATH not in str(error)):
                 raise
-            self._torch_loader = self._new_torch_loader()
+            self._torch_loader = None
             reason = str(error).partition("\n")[0] or type(error).__name__
         else:
             return

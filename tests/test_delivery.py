@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,13 @@ PIXELS = Pixels(count=2, size=SIZE, dtype=torch.float32)
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_dataset(tmp_path_factory.mktemp("delivery") / "tiny", epochs=3)
+
+
+def slots_of(loader: DBRLoader) -> Slots:
+    """Those of a loader whose first iteration has begun, and was given up."""
+    next(iter(loader))
+    assert loader._slots is not None
+    return loader._slots
 
 
 def same(one: DBRBatch, other: DBRBatch) -> bool:
@@ -76,8 +84,7 @@ def test_a_slot_holds_images_channels_last(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_lie_in_slots_that_are_used_again(dataset: Path, num_workers: int) -> None:
     loader = DBRLoader(dataset, 3, num_workers=num_workers)
-    slots = loader._slots
-    assert slots is not None
+    slots = slots_of(loader)
     count = len(slots.memory)
     for _ in range(3):
         places = {batch.images.data_ptr() for batch in loader}
@@ -89,9 +96,9 @@ def test_batches_lie_in_slots_that_are_used_again(dataset: Path, num_workers: in
 
 def test_batches_that_are_kept_stay_as_they_are(dataset: Path) -> None:
     loader = DBRLoader(dataset, 1, num_workers=1)
-    assert loader._slots is not None
+    count = len(slots_of(loader).memory)
     kept = list(loader)
-    assert len(kept) > len(loader._slots.memory)
+    assert len(kept) > count
     assert all(same(one, other) for one, other in zip(kept, DBRLoader(dataset, 1), strict=True))
     copy = pickle.loads(pickle.dumps(kept[0]))
     images = kept[0].images[:, :1]
@@ -100,18 +107,24 @@ def test_batches_that_are_kept_stay_as_they_are(dataset: Path) -> None:
     assert torch.equal(images, copy.images[:, :1])
 
 
-def test_memory_is_not_taken_before_a_batch_fills_it() -> None:
-    def shared_mb() -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.startswith("RssShmem:")) / 1000
+def test_shared_memory_is_taken_once_when_the_first_iteration_begins(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    new_shared: Callable[[int], torch.UntypedStorage] = torch.UntypedStorage._new_shared
 
-    if not Path("/proc/self/status").exists():
-        pytest.skip("only Linux tells how much memory is shared")
-    before = shared_mb()
-    slots = Slots(4, 2**24, shared=True)
-    assert shared_mb() - before < 1
-    slots.memory[0].fill_(1)
-    assert shared_mb() - before > 16
+    def noted(nbytes: int) -> torch.UntypedStorage:
+        taken.append(nbytes)
+        return new_shared(nbytes)
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", noted)
+    loader = DBRLoader(dataset, 3, num_workers=1)
+    loader.load_state_dict(loader.state_dict())
+    iter(loader)
+    assert taken == []
+    slots = slots_of(loader)
+    list(loader)
+    assert taken == [slots.memory.nbytes]
 
 
 def test_without_room_for_slots_batches_travel_in_torchs_way(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,23 +133,23 @@ def test_without_room_for_slots_batches_travel_in_torchs_way(dataset: Path, monk
 
     expected = list(DBRLoader(dataset, 3))
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
-    with pytest.warns(UserWarning, match="no room for [0-9,]+ bytes of shared memory .* make /dev/shm larger"):
-        loader = DBRLoader(dataset, 3, num_workers=1)
-    monkeypatch.undo()
-    assert all(same(one, other) for one, other in zip(loader, expected, strict=True))
+    with pytest.warns(
+        UserWarning, match="no room for [0-9,]+ bytes of shared memory .* make /dev/shm larger"
+    ) as caught:
+        batches = list(DBRLoader(dataset, 3, num_workers=1))
+    assert [warning.filename for warning in caught if "no room" in str(warning.message)] == [__file__]
+    assert all(same(one, other) for one, other in zip(batches, expected, strict=True))
 
 
 def test_slots_are_no_larger_than_the_dataset(dataset: Path) -> None:
     loader = DBRLoader(dataset, 10**9)
-    assert loader._slots is not None
-    assert loader._slots.memory.numel() < 10**6
+    assert slots_of(loader).memory.numel() < 10**6
 
 
 def test_iterations_given_up_early_lose_no_slot(dataset: Path) -> None:
     expected = next(iter(DBRLoader(dataset, 1)))
     loader = DBRLoader(dataset, 1, num_workers=2)
-    slots = loader._slots
-    assert slots is not None
+    slots = slots_of(loader)
     for _ in range(2 * len(slots.memory)):
         batch = next(iter(loader))
         assert same(batch, expected)

@@ -5,8 +5,10 @@ Shapes: k images shown, S the side in pixels; images are uint8 RGB (k, 3, S, S),
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from nrrdd_format.dataset import DistilledDataset, open_dataset
 from nrrdd_format.decoding import decode_image
 from nrrdd_format.errors import OutputError
 from nrrdd_format.files import atomic_write
+from nrrdd_format.manifest import Manifest
 
 Images = NDArray[np.uint8]
 Masks = NDArray[np.float32]
@@ -161,33 +164,46 @@ def redraw(dataset_path: Path, out: Path, *, work: Path) -> Preview:
 
 
 def shown_images(dataset: DistilledDataset) -> list[ShownImage]:
-    """The images of the contact sheet: the first of every class, in the order of the classes, at most 50."""
+    """The images of the contact sheet: the first of every class, in the order of the classes, at most 50.
+
+    It leaves no shard open: there may be more of them than a process may open files.
+    """
+    wanted = set(range(min(MOST_CLASSES, len(dataset.manifest.dataset.class_names))))
     first: dict[int, ShownImage] = {}
     for number, shard in enumerate(dataset.shards):
         for position, (label, index) in enumerate(zip(shard.labels.tolist(), shard.indices.tolist(), strict=True)):
             first.setdefault(label, ShownImage(index=index, label=label, shard=number, position=position))
+        dataset.shards.close()
+        if wanted <= first.keys():
+            break
     return [first[label] for label in sorted(first)[:MOST_CLASSES]]
 
 
 def _decode(dataset: DistilledDataset, image: ShownImage) -> Images:
     """One image, (3, S, S) uint8."""
     data = dataset.shards[image.shard].image_bytes(image.position)
+    dataset.shards.close_all_but((image.shard,))  # the next image may lie in the same one
     pixels: Images = decode_image(data, dataset.manifest.images.size).numpy()
     return pixels
 
 
 def _distances(dataset: DistilledDataset) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Both distances of the first epochs, of about a million pairs at most."""
-    org, aug, count = [], [], 0
-    for epoch in range(dataset.manifest.records.epochs):
-        for shard in dataset.shards:
-            records = shard.records(epoch)
+    """Both distances of the first epochs, of about a million pairs at most; leaves no shard open."""
+    org, aug = [], []
+    for number, epochs in enumerate(_drawn_epochs(dataset.manifest)):
+        for epoch in range(epochs):
+            records = dataset.shards[number].records(epoch)
             org.append(records.distance_org)
             aug.append(records.distance_aug)
-            count += len(records.distance_org)
-            if count >= MOST_DISTANCES:
-                return np.concatenate(org), np.concatenate(aug)
+        dataset.shards.close()
     return np.concatenate(org), np.concatenate(aug)
+
+
+def _drawn_epochs(manifest: Manifest) -> list[int]:
+    """How many epochs of each shard are drawn: taken epoch by epoch, those before the first that is not needed."""
+    pairs, epochs = [shard.pairs_per_epoch for shard in manifest.shards], manifest.records.epochs
+    left = (MOST_DISTANCES - end + count for count, end in zip(pairs, accumulate(pairs), strict=True))
+    return [min(max(0, math.ceil(count / sum(pairs))), epochs) for count in left]
 
 
 def _rows(initial: Images | None, mask: Masks | None, refined: Images) -> tuple[list[str], list[Images]]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +41,17 @@ def _pixels(path: Path) -> tuple[int, int]:
     with Image.open(path) as image:
         image.load()
         return image.size
+
+
+@contextmanager
+def _few_open_files(count: int) -> Iterator[None]:
+    """No more than so many files may be opened at once, beside those that are open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_the_montage_holds_every_pixel_in_its_row_and_column() -> None:
@@ -125,6 +140,22 @@ def test_distances_of_a_large_dataset_are_taken_from_its_first_epochs(
     with open_dataset(path) as dataset:
         org, aug = preview._distances(dataset)
     assert len(org) == len(aug) == 12
+
+
+def test_a_dataset_may_have_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
+    path = make_tiny_dataset(tmp_path / "data", classes=30, ipc=2, shards=30)
+    preview_dataset(path, tmp_path / "before")  # what it imports opens files, too
+    with _few_open_files(15):
+        preview_dataset(path, tmp_path / "out")
+    assert _pixels(tmp_path / "out" / CONTACT_SHEET) == _pixels(tmp_path / "before" / CONTACT_SHEET)
+
+
+def test_shards_behind_the_last_shown_image_are_not_read(tmp_path: Path) -> None:
+    """A dataset of a thousand shards shows images of its first one."""
+    path = make_tiny_dataset(tmp_path / "data", classes=2, ipc=6, shards=3)
+    (path / "shard-00002.tar").unlink()
+    with open_dataset(path) as dataset:
+        assert [(image.label, image.shard) for image in shown_images(dataset)] == [(0, 0), (1, 0)]
 
 
 def test_a_damaged_dataset_is_refused(tmp_path: Path) -> None:

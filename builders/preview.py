@@ -231,7 +231,7 @@ def _draw_band(axis: Axes, rows: list[Images], titles: list[str], names: Sequenc
     picture = _montage(rows, width)
     axis.imshow(picture, interpolation="nearest")
     centres = [cell * column + cell / 2 for column in range(max(width, len(titles)))]
-    axis.set_xticks(centres[: len(names)], [_short(name) for name in names], fontsize=8)
+    axis.set_xticks(centres[: len(names)], [_short(name) for name in names], fontsize=8, parse_math=False)
     axis.set_yticks(centres[: len(titles)], titles, fontsize=8)
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     axis.spines[:].set_visible(False)

@@ -158,6 +158,14 @@ def test_shards_behind_the_last_shown_image_are_not_read(tmp_path: Path) -> None
         assert [(image.label, image.shard) for image in shown_images(dataset)] == [(0, 0), (1, 0)]
 
 
+@pytest.mark.parametrize("name", ["$_$", "$5 to $10", r"x$^$", "\\$_$"])
+def test_names_are_drawn_as_they_are(tmp_path: Path, name: str) -> None:
+    """None is taken for a formula, which would end a build after all its work."""
+    path = tmp_path / "sheet.png"
+    write_contact_sheet(path, initial=None, mask=None, refined=_images(2, 9), class_names=[name, "b"])
+    assert min(_pixels(path)) > 0
+
+
 def test_a_damaged_dataset_is_refused(tmp_path: Path) -> None:
     path = make_tiny_dataset(tmp_path / "data")
     shard = path / "shard-00000.tar"

@@ -25,6 +25,7 @@ from builders.discovery import Eyes
 from builders.label_refinement import MixDraws, PairTables
 from builders.passes import Passes
 from nrrdd_format import draws
+from nrrdd_format.errors import TeacherError
 
 REPORT_STEPS = 25
 """Reading a loss makes a GPU wait, so it is done once in so many steps."""
@@ -66,6 +67,7 @@ def refine_batch(
 
     Raises:
         ConfigError: the passes shall be compiled, and cannot be.
+        TeacherError: a loss or a pixel is not finite.
     """
     eyes, settings = passes.eyes, passes.settings
     pixels = eyes.see(initial).contiguous(memory_format=torch.channels_last)
@@ -81,8 +83,21 @@ def refine_batch(
             pixels = adam.step(pixels, gradient, step)
             if (step + 1) % REPORT_STEPS == 0 or step + 1 == settings.iterations:
                 losses = {name: float(value) for name, value in terms.items()}
+                _check_finite(losses, pixels, batch, step)
                 on_steps(step % REPORT_STEPS + 1, losses)
     return RefinedBatch(images=_to_uint8(pixels, eyes), losses=losses)
+
+
+def _check_finite(losses: dict[str, float], pixels: Tensor, batch: int, step: int) -> None:
+    """One pixel that is no number makes the whole batch such within a step, and that would be stored as black."""
+    lost = [name for name, value in losses.items() if not math.isfinite(value)]
+    if not bool(pixels.isfinite().all()):
+        lost.append("pixels")
+    if lost:
+        raise TeacherError(
+            f"refinement of batch {batch}: by step {step + 1} not finite: {', '.join(lost)}; the teacher's gradient "
+            f"is not, or overflows: try --precision fp32, a lower --learning-rate or another teacher"
+        )
 
 
 def step_mask(eyes: Eyes, pixels: Tensor, targets: Tensor, settings: RefinementSettings) -> Tensor:

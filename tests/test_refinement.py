@@ -34,7 +34,7 @@ from builders.refinement import (
     step_mask,
 )
 from nrrdd_format.codebooks import MixTable, mix_codebook, view_codebook
-from nrrdd_format.errors import ConfigError
+from nrrdd_format.errors import ConfigError, TeacherError
 from nrrdd_format.replay import apply_views
 
 SETTINGS = RefinementSettings(
@@ -142,6 +142,28 @@ def test_losses_are_reported_every_few_steps_and_at_the_end(eyes: Eyes, iteratio
     )
     assert [count for count, _ in reports] == counts and REPORT_STEPS == 25
     assert result.losses == reports[-1][1]
+
+
+@pytest.mark.parametrize(("lost_at", "iterations", "told"), [(1, 30, "step 25 .*ce, bn, lr"), (11, 12, "step 12 ")])
+def test_a_gradient_that_is_not_finite_ends_the_batch(eyes: Eyes, lost_at: int, iterations: int, told: str) -> None:
+    """One value of one image is enough, at the very last step, too: the images would come out black."""
+    passes = Passes(eyes, replace(SETTINGS, iterations=iterations))
+    steps = iter(range(iterations))
+
+    def lose(pixels: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        gradient, terms = Passes.unmixed(passes, pixels, targets)
+        if next(steps) == lost_at:
+            gradient[0, 0, 0, 0] = torch.nan
+        return gradient, terms
+
+    images, labels = _initial()
+    reports: list[object] = []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TeacherError, match=f"batch 7: by {told}.*pixels; .*--"):
+        patch.setattr(passes, "unmixed", lose)
+        refine_batch(
+            images, labels, passes, tables=TABLES, seed=0, batch=7, on_steps=lambda *args: reports.append(args)
+        )
+    assert reports == []
 
 
 # ---- the faster ways to the gradient

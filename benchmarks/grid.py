@@ -34,6 +34,7 @@ from builders.pipeline import build
 from builders.sources import Source, load_source
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.errors import ConfigError
+from nrrdd_format.files import locked
 from nrrdd_format.manifest import MANIFEST_NAME, Manifest
 from nrrdd_format.shards import file_sha256
 
@@ -393,7 +394,10 @@ def built_dataset(grid: Grid, cell: Cell, origin: Origin) -> Path:
         _check_dataset(grid, cell, origin)
     else:
         write_json(_origin_path(grid, cell), {"train_fingerprint": origin.train})
-        build(build_config(grid, cell))
+        config = build_config(grid, cell)
+        make_folder(config.work_path.parent)
+        with locked(config.work_path.with_suffix(".lock")):  # one build at a time; the next finds what both need
+            build(config)
     return path
 
 

@@ -8,6 +8,7 @@ meet after each stage. So the result depends neither on interruptions nor on the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
@@ -47,7 +48,7 @@ from builders.refinement import refine_batch
 from builders.relabel import prior_masses, relabel_epoch
 from builders.scan import usable_images
 from builders.teacher import PREFLIGHT_IMAGES, mixed_up_classes, predict, preflight
-from builders.workdir import Stage
+from builders.workdir import Stage, claimed
 from nrrdd_format import draws
 from nrrdd_format.decoding import decode_image
 from nrrdd_format.errors import DataError, counted
@@ -78,21 +79,30 @@ def build(config: BuildConfig) -> Path:
             ranks.say(f"{config.out}: already built from these settings")
             return config.out
         make_folder(config.out.parent)
-        for stage in job.stages:
-            stage.make()
-        top1 = check_teacher(job)
-        if job.given is None:
-            usable = scan(job)
-            discover(job, usable)
-            refine(job)
-        elif ranks.is_first:
-            write_build_log(job, [])
-        encode(job)
-        relabel(job)
-        find_priors(job)
-        assemble(job, top1)
+        with ExitStack() as held:
+            if ranks.is_first:
+                held.enter_context(claimed(config.work_path, ranks.say))
+            ranks.meet()  # nobody writes before the folder is this build's
+            _go_through(job)
     ranks.say(f"{config.out}: finished")
     return config.out
+
+
+def _go_through(job: Job) -> None:
+    """All stages, from wherever an earlier run has come to."""
+    for stage in job.stages:
+        stage.make()
+    top1 = check_teacher(job)
+    if job.given is None:
+        usable = scan(job)
+        discover(job, usable)
+        refine(job)
+    elif job.ranks.is_first:
+        write_build_log(job, [])
+    encode(job)
+    relabel(job)
+    find_priors(job)
+    assemble(job, top1)
 
 
 def check_teacher(job: Job) -> float | None:

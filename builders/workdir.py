@@ -7,11 +7,14 @@ first stages may share one work folder.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
+import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -24,6 +27,8 @@ from nrrdd_format.errors import OutputError
 from nrrdd_format.files import atomic_write
 
 KEY_DIGITS = 16
+LOCK = "lock"
+"""The file whose lock a build holds; it is empty and stays."""
 
 
 def stage_key(name: str, settings: Mapping[str, Any], upstream: str) -> str:
@@ -48,6 +53,53 @@ def uninterrupted() -> Iterator[None]:
         usual(*waiting[0])
 
 
+@contextmanager
+def claimed(work: Path, say: Callable[[str], object]) -> Iterator[None]:
+    """Keeps other builds out of the work folder, which is made where it is missing.
+
+    On a GPU two of them would refine the same images to different pixels, and one might label what the other replaces.
+    The lock is the process's (fcntl's kind): it ends with the process, however that ends, and those it has started
+    to read images, which outlive it for a moment, do not hold it.
+
+    Args:
+        work: the work folder.
+        say: told where the file system has no locks, and nothing keeps others out.
+
+    Raises:
+        OutputError: another process builds there, or the folder or the file cannot be made.
+    """
+    _make_folder(work, "the work folder")
+    path = work / LOCK
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot open ({error.strerror}); choose a writable --work-dir") from error
+    try:
+        _claim(descriptor, work, say)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _claim(descriptor: int, work: Path, say: Callable[[str], object]) -> None:
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise OutputError(
+                f"{work}: another process is building there; wait for its end or stop it, and the same command goes "
+                f"on, or choose another --work-dir"
+            ) from error
+        say(f"{work}: has no locks ({error.strerror}), so see to it that no other process builds there meanwhile")
+
+
+def _make_folder(path: Path, what: str) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot make {what} ({error.strerror}); choose a writable --work-dir") from error
+
+
 class Stage:
     """One stage's folder of finished units.
 
@@ -66,12 +118,7 @@ class Stage:
         Raises:
             OutputError: it cannot be made.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"{self.path}: cannot make the stage's folder ({error.strerror}); choose a writable --work-dir"
-            ) from error
+        _make_folder(self.path, "the stage's folder")
 
     def has(self, unit: str) -> bool:
         """Whether the unit is finished; a file under its final name is always whole."""

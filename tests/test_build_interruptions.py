@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import json
 import os
 import resource
@@ -22,7 +24,7 @@ from compiler import needs_compiler
 from benchmarks.build_kills import Bench, kill_builds, make_bench, report
 from benchmarks.build_ranks import BuildRanks
 from builders.cli import main
-from builders.workdir import Stage, uninterrupted
+from builders.workdir import LOCK, Stage, claimed, uninterrupted
 from nrrdd_format.errors import OutputError
 from nrrdd_format.verify import verify_dataset
 
@@ -89,6 +91,32 @@ def test_killed_while_it_compiles(bench: Bench, tmp_path: Path) -> None:
     subprocess.run(command, env=environment, check=True, timeout=TIMEOUT)
     assert verify_dataset(bench.folder / "compiled") == []
     assert list(tmp_path.iterdir()) == [left]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_second_build_in_the_same_work_folder_is_refused(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str], ranks: int
+) -> None:
+    """Until the first has ended, however it ends; one of other settings alike."""
+    name = f"twice-{ranks}"
+    work = bench.folder / f"{name}.work"
+    running = BuildRanks(bench.arguments(name), ranks, tmp_path)
+    while not list(work.glob("scan-*/class-*")):
+        time.sleep(0.002)
+    for process in running.processes:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGSTOP)
+    before = _units(work)
+    for more in ([], ["--epochs", "5", "--out", f"{bench.folder}/{name}-other", "--work-dir", str(work)]):
+        assert main([*bench.arguments(name), *more]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert line.startswith(f"error: {work}: another process is building there") and "--work-dir" in line
+    assert _units(work) == before
+    for process in running.processes:
+        process.kill()
+    running.wait(TIMEOUT)
+    assert main(bench.arguments(name)) == 0
+    assert _equal(bench, name)
 
 
 def test_processes_that_cannot_find_each_other_say_so_in_one_line(bench: Bench) -> None:
@@ -182,6 +210,26 @@ def test_a_full_disk_is_one_line_in_every_stage_and_keeps_earlier_work(
         assert main(bench.arguments("full")) == 0
     assert {"scan", "discovery", "refinement", "dataset"} <= stages
     assert _equal(bench, "full")
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, kind: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    said: list[str] = []
+    with claimed(tmp_path / "work", said.append):
+        (line,) = said
+    assert line.startswith(f"{tmp_path}/work: has no locks (No locks available)")
+
+
+def test_a_lock_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "work" / LOCK).mkdir(parents=True)
+    with (
+        pytest.raises(OutputError, match=r"lock: cannot open \(Is a directory\).*--work-dir"),
+        claimed(tmp_path / "work", print),
+    ):
+        pass
 
 
 def test_arrays_say_why_they_cannot_be_written(tmp_path: Path) -> None:

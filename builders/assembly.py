@@ -57,7 +57,7 @@ def is_built(job: Job) -> bool:
         OutputError: something else is in the way.
     """
     out = job.config.out
-    if not out.exists():
+    if not _exists(out):
         return False
     found = Manifest.load(out / MANIFEST_NAME) if (out / MANIFEST_NAME).is_file() else None
     if found is not None and found.method.get("build_key") == job.key:
@@ -69,6 +69,16 @@ def is_built(job: Job) -> bool:
         )
     what = "no dataset" if found is None else _difference(found, job)
     raise OutputError(f"{out}: something else is there already ({what}); move it away or choose another --out")
+
+
+def _exists(out: Path) -> bool:
+    try:
+        os.stat(out)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be looked at ({error.strerror}); choose another --out") from error
+    return True
 
 
 def _difference(found: Manifest, job: Job) -> str:

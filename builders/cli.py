@@ -47,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NrrddError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # where no other line has been written for it: a place that was closed or lost meanwhile
+        print(f"error: {error.filename or 'build-distilled'}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted: finished work is kept; the same command goes on from there", file=sys.stderr)
         return 130

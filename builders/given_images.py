@@ -24,7 +24,7 @@ from builders.encoding import encode_image
 from builders.folders import class_folders, image_names
 from builders.hub_images import is_hub_folder, load_hub_images
 from builders.image_folder import Classes, read_classes, read_image_file
-from builders.image_sets import MAX_SIZE, Columns, FileImages, FolderImages, first_side, members_by_class
+from builders.image_sets import MAX_SIZE, Columns, FileImages, FolderImages, first_side, members_by_class, named_faults
 from builders.images import UnusableImage
 from nrrdd_format.errors import DataError, FormatError
 from nrrdd_format.image_file import check_image
@@ -76,6 +76,7 @@ class GivenImages:
     sha256: str
 
 
+@named_faults()
 def find_folders(root: Path) -> FoundImages:
     """Finds the images of a folder with a folder for each class.
 
@@ -101,6 +102,7 @@ def find_folders(root: Path) -> FoundImages:
     return _ordered(str(root), folders, read_classes(root, folders), images, side)
 
 
+@named_faults()
 def find_table(data_dir: Path, columns: Columns) -> FoundImages:
     """Finds the images of the training split, or the only one, of a dataset of Hugging Face.
 

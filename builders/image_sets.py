@@ -6,6 +6,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -210,6 +211,21 @@ class Splits:
     class_names: list[str]
     train: DivisibleImages
     test: DivisibleImages | None
+
+
+@contextmanager
+def named_faults() -> Iterator[None]:
+    """For finding images: what the operating system refuses, such as a look into a closed folder, becomes one line.
+
+    Raises:
+        DataError: names the file or folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror or error})") from error
 
 
 def members_by_class(labels: NDArray[np.int64], classes: int) -> list[NDArray[np.int64]]:

@@ -118,12 +118,12 @@ def refinement_seconds(job: Job, images: NDArray[np.uint8]) -> float:
 def encoding(job: Job, images: NDArray[np.uint8]) -> tuple[float, float]:
     """Seconds and bytes of one stored image: of given ones, of refined ones if there are some, or else of `images`."""
     settings, given = job.settings.encoding, job.given
-    done = job.refinement.path / BATCH_ARRAY.format(0)
+    done = BATCH_ARRAY.format(0)
     if given is not None:
         keep, numbers = job.config.image_quality is None, range(min(SAMPLE, len(given.files)))
         data, seconds = _timed(lambda: [stored_bytes(given, number, settings, keep=keep) for number in numbers])
     else:
-        made = job.refinement.load_array(done.name)[:SAMPLE] if done.is_file() else images
+        made = job.refinement.load_array(done)[:SAMPLE] if job.refinement.has(done) else images
         data, seconds = _timed(lambda: [encode_image(image, settings) for image in made])
     return seconds / len(data), float(np.mean([len(file) for file in data]))
 

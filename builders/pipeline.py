@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from builders.assembly import assemble, check_manifest, is_built, make_folder
 from builders.class_names import some
 from builders.config import BuildConfig, RefinementSettings
+from builders.cores import reading_threads
 from builders.discovery import class_groups, discover_groups
 from builders.encoding import encode_image
 from builders.given_images import GivenImages, stored_bytes
@@ -70,8 +71,7 @@ def build(config: BuildConfig) -> Path:
     Raises:
         NrrddError: an option, the source images, the teacher or the output folder cannot be used.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(reading_threads(config.threads))  # torchrun says one, whatever the machine has
     with joined_ranks() as ranks:
         job = prepare(config, ranks)
         check_manifest(job)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from builders import measurements
 from builders.assembly import ENTRY, check_manifest, is_built
 from builders.config import BuildConfig
+from builders.cores import reading_threads
 from builders.discovery import class_groups
 from builders.job import (
     BATCH_ARRAY,
@@ -80,8 +81,7 @@ def plan(config: BuildConfig) -> bool:
     Raises:
         NrrddError: an option, the source images or the teacher cannot be used, so that there is nothing to plan.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(reading_threads(config.threads))  # torchrun says one, whatever the machine has
     with joined_ranks() as ranks:
         job = prepare(config, ranks)
         check_manifest(job)
@@ -211,7 +211,7 @@ def _stage(
 ) -> StagePlan:
     """The plan of a stage whose finished units have these files; `seconds` measures one if there is work left."""
     wanted = set(files)
-    done = len(wanted & set(os.listdir(stage.path))) if stage.path.is_dir() else 0
+    done = len(wanted & set(os.listdir(stage.path))) if os.path.isdir(stage.path) else 0
     left = len(wanted) - done
     return StagePlan(name=name, unit=unit, total=len(wanted), done=done, seconds=seconds() if left else 0.0, bytes=size)
 
@@ -256,8 +256,8 @@ def _disk_problems(config: BuildConfig, stages: Sequence[StagePlan]) -> list[str
 
 
 def _existing(path: Path) -> Path:
-    """The path itself, or the nearest above it that exists."""
-    return next(place for place in (path, *path.resolve().parents) if place.exists())
+    """The path itself, or the nearest above it that exists and is not hidden in a closed folder."""
+    return next(place for place in (path, *path.resolve().parents) if os.path.exists(place))
 
 
 def render(job: Job, stages: Sequence[StagePlan]) -> str:

@@ -11,7 +11,7 @@ from builders.class_names import are_wnids, beside, check_wnids, name_wnids, sel
 from builders.conventions import DATASETS, Colour, default_model
 from builders.folders import class_folders, image_names, list_classes, list_test
 from builders.hub_images import load_hub
-from builders.image_sets import MAX_SIZE, MIN_SIZE, PLAIN, Columns, ImageSet, Place, Splits, first_side
+from builders.image_sets import MAX_SIZE, MIN_SIZE, PLAIN, Columns, ImageSet, Place, Splits, first_side, named_faults
 from builders.tar_images import TarPlaces, load_tars
 from nrrdd_format.errors import ConfigError, DataError
 from nrrdd_format.files import default_cache_dir
@@ -49,6 +49,7 @@ class Source:
     default_model: str
 
 
+@named_faults()
 def load_source(
     name: str,
     *,
@@ -169,6 +170,7 @@ def _folder_source(
     return _split_source(name, root, train, _find_test(name, root, test_dir), classes, size)
 
 
+@named_faults()
 def load_split(name: str, split: Path, *, classes: Sequence[str] | None = None, size: int | None = None) -> Source:
     """A dataset of which one split is there, a folder of class folders: its classes, and its images as `train`.
 

@@ -122,7 +122,7 @@ class Stage:
 
     def has(self, unit: str) -> bool:
         """Whether the unit is finished; a file under its final name is always whole."""
-        return (self.path / unit).is_file()
+        return os.path.isfile(self.path / unit)
 
     def save_array(self, unit: str, array: NDArray[Any]) -> None:
         """Stores an array as `.npy` under the unit's name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -11,20 +12,24 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from closed import closed_folder
 from PIL import Image
 
-from builders import discovery, pipeline
+from builders import cores, discovery, pipeline
 from builders.cam import ClassActivation
 from builders.cli import main, parse
 from builders.config import BuildConfig
 from builders.job import Job, prepare
 from builders.models import create_model
 from builders.pipeline import build, discover, scan
+from builders.plan import plan
 from builders.ranks import Ranks
 from builders.teacher import save_checkpoint
 from nrrdd_format.dataset import open_dataset
@@ -366,6 +371,26 @@ def test_a_gpu_that_is_not_there_is_refused(source: Path, tmp_path: Path, monkey
         build(_config(source, tmp_path / "out", device="cuda"))
 
 
+@pytest.mark.parametrize("run", [build, plan])
+@pytest.mark.parametrize(("threads", "used"), [(None, 3), (2, 2)])
+def test_a_rank_computes_with_its_share_of_the_cores(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any, threads: int | None, used: int
+) -> None:
+    """Though torchrun tells torch to take one."""
+
+    class TakenError(Exception):
+        pass
+
+    def take(count: int) -> None:
+        raise TakenError(count)
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(cores, "usable_cores", lambda: 6)
+    monkeypatch.setattr(torch, "set_num_threads", take)
+    with pytest.raises(TakenError, match=f"^{used}$"):
+        run(_config(source, tmp_path / "out", threads=threads))
+
+
 def test_imagenet_without_data_says_in_one_line_what_is_missing(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "builders", "--dataset", "imagenet", "--ipc", "200"],
@@ -406,6 +431,67 @@ def test_imagenet_without_data_says_in_one_line_what_is_missing(tmp_path: Path) 
 def test_impossible_options_are_named(source: Path, tmp_path: Path, change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _config(source, tmp_path / "out", **change)
+
+
+@pytest.mark.parametrize("dry", [False, True])
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ("--out {closed}/out", "{closed}/out: cannot be looked at (Permission denied); choose another --out"),
+        ("--out {name}", "{name}: cannot be looked at (File name too long); choose another --out"),
+        ("--data-dir {closed}/x", "{closed}/x: cannot be read (Permission denied)"),
+        ("--data-dir {closed}", "Permission denied"),
+        ("--dataset imagenet --data-dir {closed}/x", "Permission denied"),
+        ("--dataset webdataset --data-dir {closed}", "Permission denied"),
+        ("--test-dir {closed}/x", "{closed}/x: cannot be read (Permission denied)"),
+        ("--data-dir {name}", "{name}: cannot be read (File name too long)"),
+        ("--work-dir {closed}/w", "{closed}"),
+        ("--teacher-checkpoint {closed}/t.pt", "{closed}/t.pt: cannot be read (Permission denied)"),
+    ],
+)
+def test_a_place_that_must_not_be_looked_at_is_named_in_one_line(
+    source: Path,
+    tmp_path: Path,
+    more: str,
+    told: str,
+    dry: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(os, "access", partial(os.access, effective_ids=True))  # root may do all, but for `closed`
+    closed, name = tmp_path / "closed", tmp_path / ("n" * 300)
+    options = [*_options(source, tmp_path / "out"), *more.format(closed=closed, name=name).split()]
+    if "imagenet" in more or "webdataset" in more:
+        options.remove("--size")
+        options.remove(str(SIZE))
+    with closed_folder(closed):
+        assert main([*options, *(["--plan"] if dry else [])]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error: ", "problem: "))]
+    assert told.format(closed=closed, name=name) in line
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+@pytest.mark.parametrize("place", ["{closed}", "{closed}/x", "hf:{closed}/x"])
+def test_given_images_that_must_not_be_looked_at_are_named_in_one_line(
+    source: Path, tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    closed = tmp_path / "closed"
+    options = f"--dataset imagefolder --from-images {place.format(closed=closed)} --out {tmp_path}/out".split()
+    with closed_folder(closed):
+        assert main(options) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and str(closed) in line
+
+
+def test_what_the_system_refuses_elsewhere_is_one_line_too(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(job: Job) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "shard")
+
+    monkeypatch.setattr(pipeline, "encode", refuse)
+    assert main(_options(source, tmp_path / "out")) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: shard: Input/output error"
 
 
 @pytest.mark.parametrize("dry", [False, True])

@@ -70,7 +70,8 @@ ms are wall time; on a CPU they are the cores' own time, that of reading process
 machine stretches far less, so that every figure is one core's. TFLOP/s count convolutions and linear layers, and stand
 beside what a large matrix product reaches in the same precision in the same run. Hours: images of ImageNet-1k times
 2000 iterations at that ms. Cosine: between a gradient and the one in fp32, not compiled, at the same pixels, the least
-over five steps. Peak memory: the process's without those that read (CPU) or what torch allocated (GPU). *teacher
+over five steps. Peak memory: the process's without those that read (CPU) or what torch took from the
+GPU beyond what earlier cases hold of it. *teacher
 alone*: as many forward passes as the stage makes, on images that are ready.
 """
 
@@ -419,7 +420,7 @@ def measure(cases: Sequence[Case], repeats: int, device: torch.device, flops: fl
 
     `flops` are those of one image's forward pass.
     """
-    firsts = [_time(case, device) for case in cases]
+    firsts = [_first(case, device) for case in cases]
     rounds = [[_time(case, device) for case in cases] for _ in range(repeats)]
     return [
         _timing(case, first, one, flops, device.type == "cuda")
@@ -427,15 +428,22 @@ def measure(cases: Sequence[Case], repeats: int, device: torch.device, flops: fl
     ]
 
 
+def _first(case: Case, device: torch.device) -> tuple[float, float, int | None]:
+    """The warming call; on a GPU nothing is at hand for it that an earlier case has left."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return _time(case, device)
+
+
 def _time(case: Case, device: torch.device) -> tuple[float, float, int | None]:
     """Wall and processor seconds of one call, and peak memory."""
     call = case.prepare()
-    _forget_peak(device)
+    held = _forget_peak(device)
     _wait(device)
     started, processor = time.perf_counter(), _processor_seconds()
     call()
     _wait(device)
-    return time.perf_counter() - started, _processor_seconds() - processor, _peak(device)
+    return time.perf_counter() - started, _processor_seconds() - processor, _peak(device, held)
 
 
 def _processor_seconds() -> float:
@@ -509,17 +517,19 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _forget_peak(device: torch.device) -> None:
+def _forget_peak(device: torch.device) -> int:
+    """Begins a new peak; returns the bytes that belong to what came before, such as the graphs of other cases."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
+        return torch.cuda.memory_reserved(device)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes what is held now
+    return 0
 
 
-def _peak(device: torch.device) -> int | None:
+def _peak(device: torch.device, held: int) -> int | None:
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device) - held
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

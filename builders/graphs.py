@@ -30,13 +30,15 @@ class Graphed:
     """Passes on one device; on a GPU each is recorded when it is first called with inputs of some shapes.
 
     Recordings share their memory, for they run one after the other. A build has at most two sizes of batches, hence
-    two recordings of each pass.
+    two recordings of each pass. All are made on one stream beside the default one, on which recording does not work:
+    torch gives what one stream has used to no other.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._recordings: dict[object, _Recording] = {}
         self._refused: set[Pass] = set()
+        self._beside: torch.cuda.Stream | None = None
         self._memory: Any = None  # the pool of the first recording; its type has changed between versions of torch
 
     def __call__(self, function: Pass, *inputs: Tensor | None) -> Outputs:
@@ -60,17 +62,21 @@ class Graphed:
 
     def _record(self, function: Pass, inputs: Inputs) -> _Recording:
         fixed = tuple(None if each is None else each.detach().clone() for each in inputs)
-        # Recording does not work on the default stream.
-        beside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        beside.wait_stream(torch.cuda.current_stream(self._device))
+        if self._beside is None:
+            self._beside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        usual, beside = torch.cuda.current_stream(self._device), self._beside
+        beside.wait_stream(usual)
         graph = torch.cuda.CUDAGraph()
-        with _fastest_convolutions():
-            with torch.cuda.stream(beside):
-                for _ in range(WARM_UPS):
-                    function(*fixed)
-            torch.cuda.current_stream(self._device).wait_stream(beside)
-            with torch.cuda.graph(graph, pool=self._memory, stream=beside):
-                outputs = function(*fixed)
+        try:
+            with _fastest_convolutions():
+                with torch.cuda.stream(beside):
+                    for _ in range(WARM_UPS):
+                        function(*fixed)
+                usual.wait_stream(beside)
+                with torch.cuda.graph(graph, pool=self._memory, stream=beside):
+                    outputs = function(*fixed)
+        finally:
+            torch.cuda.set_stream(usual)  # torch 2.6 leaves the other one where a recording fails
         self._memory = graph.pool()
         return _Recording(graph=graph, inputs=fixed, outputs=outputs)
 

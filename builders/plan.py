@@ -290,4 +290,4 @@ def render(job: Job, stages: Sequence[StagePlan]) -> str:
 def _device_memory(job: Job) -> str:
     if job.device.type != "cuda":
         return ""
-    return f", {shown_size(torch.cuda.max_memory_allocated(job.device))} on {job.device}"
+    return f", {shown_size(torch.cuda.max_memory_reserved(job.device))} on {job.device}"

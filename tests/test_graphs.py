@@ -15,7 +15,7 @@ from benchmarks.student import StudentConfig, train_student
 from builders.cam import ClassActivation
 from builders.config import BuildConfig
 from builders.discovery import Eyes
-from builders.graphs import Graphed, Outputs, _Recording
+from builders.graphs import Graphed, Outputs, Pass, _Recording
 from builders.label_refinement import PairTables
 from builders.models import create_model
 from builders.passes import Passes
@@ -83,6 +83,26 @@ def test_a_recording_serves_every_input_of_its_shape() -> None:
 
 
 @pytest.mark.gpu
+def test_recordings_share_their_memory() -> None:
+    """Each needs 64 MiB meanwhile; what the first has taken serves all."""
+    torch.cuda.empty_cache()
+    graphed, before = Graphed(torch.device("cuda")), torch.cuda.memory_reserved()
+    taken = []
+    for number in range(4):
+        graphed(_wide(number), torch.ones(2, device="cuda"))
+        torch.cuda.empty_cache()
+        taken.append(torch.cuda.memory_reserved() - before)
+    assert taken[0] >= 64 << 20 and taken[-1] < 1.5 * taken[0]
+
+
+def _wide(number: int) -> Pass:
+    def spread(values: Tensor) -> Outputs:
+        return ((values.repeat(1 << 23) + number).sum()[None],)
+
+    return spread
+
+
+@pytest.mark.gpu
 def test_what_cannot_be_recorded_still_runs_and_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     def looks(values: Tensor) -> Outputs:
         return (values * 2 if float(values.sum()) > 0 else values,)
@@ -92,6 +112,7 @@ def test_what_cannot_be_recorded_still_runs_and_is_said(capsys: pytest.CaptureFi
         assert graphed(looks, torch.full((2,), value, device="cuda"))[0].tolist() == [expected] * 2
     assert capsys.readouterr().err.count("cannot be recorded as a CUDA graph") == 1
     assert graphed(doubled, torch.ones(2, device="cuda"), None)[0].tolist() == [2, 2]
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
 @pytest.mark.gpu

@@ -29,6 +29,7 @@ from benchmarks.student import Labels, StudentConfig, load_dataset_teacher, trai
 from benchmarks.teacher import TeacherConfig, summary, train_and_save
 from builders.config import PATCH_OPTIONS, BuildConfig, Confidence, Init, Mask
 from builders.cores import reading_threads
+from builders.job import has_bfloat16
 from builders.parent import end_with_parent
 from builders.pipeline import build
 from builders.sources import Source, load_source
@@ -416,7 +417,7 @@ def precision(grid: Grid, cell: Cell) -> str | None:
     config = build_config(grid, cell)
     if not config.iterations:
         return None
-    on_device = "bf16" if grid.device.startswith("cuda") else "fp32"
+    on_device = "bf16" if has_bfloat16(torch.device(grid.device)) else "fp32"
     return on_device if config.precision == "auto" else config.precision
 
 

@@ -213,7 +213,9 @@ def _add_refinement(group: argparse._ArgumentGroup) -> None:
         help="whether label refinement mixes views, as records do (default), or whole images",
     )
     group.add_argument(
-        "--precision", choices=get_args(options.Precision), help="of the teacher here (auto: bf16 on a GPU, else fp32)"
+        "--precision",
+        choices=get_args(options.Precision),
+        help="of the teacher here (auto: bf16 on a GPU that has it, else fp32)",
     )
     group.add_argument(
         "--compile", action="store_true", help="refine through torch.compile: faster, after a start of a minute or more"

@@ -243,7 +243,7 @@ class BuildConfig:
     jitter: bool = False
     batch_size: int = 100
     precision: Precision = "auto"
-    """The teacher's in refinement; `auto` is bf16 on a GPU, else fp32."""
+    """The teacher's in refinement; `auto` is bf16 on a GPU that computes in it, else fp32."""
     compile: bool = False
     """Whether refinement runs through torch.compile."""
     epochs: int = 300

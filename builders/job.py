@@ -214,9 +214,14 @@ def prepare(config: BuildConfig, ranks: Ranks) -> Job:
     )
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether it is the current GPU and computes in bfloat16; those before Ampere emulate it, slower than float32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def _with_precision(settings: BuildSettings, config: BuildConfig, device: torch.device) -> BuildSettings:
     """Settles what `auto` means on this device; it changes the images a little, so it belongs to the stage's key."""
-    auto: Literal["fp32", "bf16"] = "bf16" if device.type == "cuda" else "fp32"
+    auto: Literal["fp32", "bf16"] = "bf16" if has_bfloat16(device) else "fp32"
     precision = auto if config.precision == "auto" else config.precision
     return replace(settings, refinement=replace(settings.refinement, precision=precision))
 

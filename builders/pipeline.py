@@ -38,6 +38,7 @@ from builders.job import (
     PRIOR_EPOCHS,
     SHARD_BYTES,
     Job,
+    has_bfloat16,
     prepare,
 )
 from builders.log import write_build_log
@@ -213,9 +214,11 @@ def refine(job: Job) -> None:
     settings, batches = job.settings.refinement, job.batches
     mine = _open_units(job, job.refinement, BATCH_ARRAY, range(len(batches)))
     passes = Passes(job.eyes, settings)
-    if notice := compile_notice(settings, job.device, len(mine) * settings.iterations):
-        job.ranks.say(notice)
-    with Progress(len(mine) * settings.iterations, "refine", "step") as progress:
+    steps = len(mine) * settings.iterations
+    for notice in (precision_notice(settings, job.device, steps), compile_notice(settings, job.device, steps)):
+        if notice is not None:
+            job.ranks.say(notice)
+    with Progress(steps, "refine", "step") as progress:
         for batch in mine:
             result = refine_batch(
                 job.initial_images(batches[batch]),
@@ -230,6 +233,13 @@ def refine(job: Job) -> None:
             job.refinement.save_array(BATCH_ARRAY.format(batch), result.images)
     passes.forget_graphs()
     job.ranks.meet()
+
+
+def precision_notice(settings: RefinementSettings, device: torch.device, steps: int) -> str | None:
+    """What the user should know of the precision before so many steps."""
+    if steps and settings.precision == "bf16" and device.type == "cuda" and not has_bfloat16(device):
+        return "refine: this GPU emulates bfloat16 (--precision bf16), which is slower than float32 (--precision fp32)"
+    return None
 
 
 def compile_notice(settings: RefinementSettings, device: torch.device, steps: int) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from grid_result import result_of
 from PIL import Image
 
@@ -85,7 +86,8 @@ def test_precisions_are_not_mixed(grid: Grid) -> None:
         read_cells(grid, grid.cells(), ORIGIN)
 
 
-def test_the_precision_is_the_devices_where_images_are_refined(grid: Grid) -> None:
+def test_the_precision_is_the_devices_where_images_are_refined(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     (cell, _) = grid.cells()
     assert precision(grid, cell) == "fp32"
     assert precision(replace(grid, device="cuda"), cell) == "bf16"

@@ -19,10 +19,11 @@ from builders.cam import ClassActivation
 from builders.compiled import compile_errors, compiled
 from builders.config import LabelRefinement, RefinementSettings
 from builders.discovery import Eyes
+from builders.job import has_bfloat16
 from builders.label_refinement import MixDraws, Mixes, PairTables, label_refinement_loss, partner_choices
 from builders.models import create_model
 from builders.passes import Passes
-from builders.pipeline import COMPILING_PAYS, compile_notice
+from builders.pipeline import COMPILING_PAYS, compile_notice, precision_notice
 from builders.refinement import (
     REPORT_STEPS,
     MaskedAdam,
@@ -509,3 +510,17 @@ def test_other_errors_stay_what_they_are() -> None:
 def test_what_compiling_takes_or_would_save_is_said(compile: bool, device: str, steps: int, told: str | None) -> None:
     notice = compile_notice(replace(SETTINGS, compile=compile), torch.device(device), steps)
     assert notice is None if told is None else notice is not None and told in notice
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_gpu_that_only_emulates_bfloat16_is_left_out_or_named(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def supported(including_emulation: bool = True) -> bool:
+        return has or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    gpu = torch.device("cuda")
+    assert has_bfloat16(gpu) == has and not has_bfloat16(torch.device("cpu"))
+    asked = replace(SETTINGS, precision="bf16")
+    assert (precision_notice(asked, gpu, 10) is None) == has
+    assert precision_notice(asked, gpu, 0) is None and precision_notice(SETTINGS, gpu, 10) is None
+    assert precision_notice(asked, torch.device("cpu"), 10) is None

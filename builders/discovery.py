@@ -137,7 +137,8 @@ def _mosaics(
     pools = {label: Pool(label, len(indices), settings, seed) for label, indices in images.items()}
     waiting = [(label, index) for label, indices in images.items() for index in indices.tolist()]
     flat_maps, side = 0, eyes.activation.image_size
-    size = min(len(waiting), teacher_batch(eyes.device, side))
+    most = teacher_batch(eyes.device, side)
+    size = min(len(waiting), most)
     memory = torch.empty((size, 3, side, side), dtype=torch.uint8, pin_memory=eyes.device.type == "cuda")
     for start in range(0, len(waiting), size):
         labels, indices = zip(*waiting[start : start + size], strict=True)
@@ -149,7 +150,10 @@ def _mosaics(
         boxes = torch.from_numpy(np.stack([random_crops(seed, index, batch.shape[-1], settings) for index in indices]))
         tops = torch.tensor([pools[label].top for label in labels], device=eyes.device)
         image, best = top_crops(cam, boxes.to(eyes.device), tops, settings)
-        _offer(pools, [labels[number] for number in image.tolist()], _cut(batch, image, best), eyes)
+        for first in range(0, len(image), most):  # an image may give five patches: at once they would fill the memory
+            part = slice(first, first + most)
+            patches = _cut(batch, image[part], best[part])
+            _offer(pools, [labels[number] for number in image[part].tolist()], patches, eyes)
     classes = [DiscoveredClass(label=label, images=tile(pool.kept(), settings.beta)) for label, pool in pools.items()]
     return DiscoveredGroup(classes=classes, flat_maps=flat_maps)
 
@@ -248,12 +252,7 @@ def _cut(images: Tensor, image: Tensor, boxes: Tensor) -> Tensor:
 @torch.no_grad()
 def _confidence(patches: Tensor, eyes: Eyes) -> NDArray[np.float32]:
     """The teacher's highest softmax probability for each patch: (P,) float32."""
-    model, size = eyes.activation.model, teacher_batch(eyes.device, patches.shape[-1])
-    parts = [
-        model(eyes.see(patches[start : start + size])).float().softmax(1).amax(1)
-        for start in range(0, len(patches), size)
-    ]
-    confidence: NDArray[np.float32] = torch.cat(parts).cpu().numpy()
+    confidence: NDArray[np.float32] = eyes.activation.model(eyes.see(patches)).float().softmax(1).amax(1).cpu().numpy()
     return confidence
 
 

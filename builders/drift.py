@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from builders.progress import Progress
-from builders.relabel import BATCH, label_pairs
+from builders.relabel import label_pairs, pairs_at_once
 from builders.teacher import Teacher
 from nrrdd_format import draws
 from nrrdd_format.codebooks import quantize
@@ -140,8 +140,9 @@ def _sampled_records(reader: ShardReader, chosen: NDArray[np.int64]) -> Iterator
     for epoch in np.unique(chosen[:, 1]).tolist():
         pairs = chosen[chosen[:, 1] == epoch, 2]
         records = reader.records(epoch)
-        for start in range(0, len(pairs), BATCH):
-            yield records.take(pairs[start : start + BATCH])
+        count = pairs_at_once(reader.layout.size)
+        for start in range(0, len(pairs), count):
+            yield records.take(pairs[start : start + count])
 
 
 @torch.no_grad()

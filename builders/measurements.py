@@ -23,7 +23,7 @@ from builders.job import BATCH_ARRAY, Job
 from builders.passes import Passes
 from builders.reading import read_usable
 from builders.refinement import RefinedBatch, refine_batch
-from builders.relabel import BATCH, relabel_epoch
+from builders.relabel import pairs_at_once, relabel_epoch
 from nrrdd_format import draws
 from nrrdd_format.errors import DataError
 from nrrdd_format.pairs import PairRecords, draw_pairs
@@ -132,7 +132,7 @@ def labels(job: Job, images: NDArray[np.uint8]) -> Labels:
     """Labels some pairs of the first shard, and writes a block of records with distances like theirs."""
     layout, members = job.layout(0), job.shards[0]
     shard = torch.from_numpy(images[np.arange(len(members)) % len(images)]).to(job.device)
-    pairs = draw_pairs(layout, 0, 0).take(np.arange(min(BATCH, len(members))))
+    pairs = draw_pairs(layout, 0, 0).take(np.arange(min(pairs_at_once(job.source.size), len(members))))
 
     def label() -> PairRecords:
         return relabel_epoch(

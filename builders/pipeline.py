@@ -42,6 +42,7 @@ from builders.job import (
     prepare,
 )
 from builders.log import write_build_log
+from builders.memory import named_shortage
 from builders.passes import Passes
 from builders.prefetch import named_deaths, reading_processes
 from builders.progress import Progress
@@ -73,7 +74,7 @@ def build(config: BuildConfig) -> Path:
         NrrddError: an option, the source images, the teacher or the output folder cannot be used.
     """
     torch.set_num_threads(reading_threads(config.threads))  # torchrun says one, whatever the machine has
-    with joined_ranks() as ranks:
+    with joined_ranks() as ranks, named_shortage():
         job = prepare(config, ranks)
         check_manifest(job)
         if is_built(job):

@@ -35,6 +35,7 @@ from builders.job import (
     Job,
     prepare,
 )
+from builders.memory import named_shortage
 from builders.pipeline import check_teacher, refuse_small_classes
 from builders.prefetch import reading_processes
 from builders.quantities import shown_duration, shown_size
@@ -82,7 +83,7 @@ def plan(config: BuildConfig) -> bool:
         NrrddError: an option, the source images or the teacher cannot be used, so that there is nothing to plan.
     """
     torch.set_num_threads(reading_threads(config.threads))  # torchrun says one, whatever the machine has
-    with joined_ranks() as ranks:
+    with joined_ranks() as ranks, named_shortage():
         job = prepare(config, ranks)
         check_manifest(job)
         problems = _caught(ranks, lambda: is_built(job), lambda: check_teacher(job), lambda: _refuse_few(job))

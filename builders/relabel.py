@@ -14,11 +14,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from builders.cam import at_once
 from nrrdd_format.errors import TeacherError
 from nrrdd_format.pairs import PairRecords
 from nrrdd_format.replay import plan_batch, replay
 
 BATCH = 250
+"""Pairs that the teacher is shown at once, unless the images are large."""
+
+
+def pairs_at_once(size: int) -> int:
+    """Pairs of images of `size` px that the teacher is shown at once."""
+    return at_once(BATCH, size)
 
 
 def relabel_epoch(
@@ -52,7 +59,7 @@ def relabel_epoch(
     labelled = PairRecords.concatenate(
         [
             label_pairs(_logits(images, pairs, model, mean, std), labels, pairs, temperature, further)
-            for pairs in _batches(records)
+            for pairs in _batches(records, images.shape[-1])
         ]
     )
     columns = (labelled.distance_org, labelled.distance_aug, labelled.further_distances)
@@ -87,7 +94,7 @@ def prior_masses(
     """
     sums: list[Tensor] = []
     for records in epochs:
-        for pairs in _batches(records):
+        for pairs in _batches(records, images.shape[-1]):
             log_p = _log_p(_logits(images, pairs, model, mean, std), temperature)
             sums = sums or [log_p.new_zeros(len(labels), log_p.shape[1], dtype=torch.float64) for _ in range(2)]
             _add_masses(sums, log_p.double().exp(), labels, pairs)
@@ -108,9 +115,10 @@ def _add_masses(sums: list[Tensor], p: Tensor, labels: NDArray[np.int64], pairs:
         sums[1].index_add_(0, rows, counts * share)
 
 
-def _batches(records: PairRecords) -> Iterator[PairRecords]:
-    for start in range(0, len(records), BATCH):
-        yield records.take(np.arange(start, min(start + BATCH, len(records))))
+def _batches(records: PairRecords, size: int) -> Iterator[PairRecords]:
+    count = pairs_at_once(size)
+    for start in range(0, len(records), count):
+        yield records.take(np.arange(start, min(start + count, len(records))))
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ import torch
 from closed import closed_folder
 from PIL import Image
 
-from builders import cores, discovery, pipeline
+from builders import cores, discovery, measurements, pipeline
 from builders.cam import ClassActivation
 from builders.cli import main, parse
 from builders.config import BuildConfig
@@ -481,6 +481,20 @@ def test_given_images_that_must_not_be_looked_at_are_named_in_one_line(
         assert main(options) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and str(closed) in line
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_a_gpu_without_room_is_one_line(
+    source: Path, tmp_path: Path, dry: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(*arguments: object, **more: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …")
+
+    monkeypatch.setattr(measurements, "refine_batch", fill)
+    monkeypatch.setattr(pipeline, "refine_batch", fill)
+    assert main([*_options(source, tmp_path / "out"), *(["--plan"] if dry else [])]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "(CUDA out of memory. Tried to allocate 2.00 GiB.); lower --batch-size or --size" in line
 
 
 def test_what_the_system_refuses_elsewhere_is_one_line_too(

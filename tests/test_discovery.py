@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from builders import discovery
-from builders.cam import ClassActivation
+from builders.cam import ClassActivation, teacher_batch
 from builders.config import Confidence, CropScore, DiscoverySettings, Init
 from builders.discovery import Eyes, Pool, class_groups, discover_groups, random_crops, shrink, tile, top_crops
 from builders.folders import list_classes
 from builders.image_sets import ArrayImages, ImageSet
 from builders.models import create_model
+from builders.relabel import pairs_at_once
 from nrrdd_format import draws
 from nrrdd_format.errors import DataError
 from nrrdd_format.replay import apply_views
@@ -188,6 +189,29 @@ def test_classes_that_share_batches_come_out_as_if_alone(
     assert [list(group) for group in class_groups(3, settings)] == [[0, 1], [2]]
     for label, images in enumerate(_discover(train, usable, eyes, settings)):
         np.testing.assert_array_equal(images, _by_itself(train, label, usable[label], eyes, settings))
+
+
+def test_no_more_patches_are_cut_at_once_than_the_teacher_is_shown(eyes: Eyes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of 12 images gives five, 60 in all."""
+    cut, counts = discovery._cut, []
+
+    def count(images: torch.Tensor, image: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        counts.append(len(image))
+        return cut(images, image, boxes)
+
+    monkeypatch.setattr(discovery, "_cut", count)
+    monkeypatch.setattr(discovery, "teacher_batch", lambda device, size: 7)
+    settings = replace(SETTINGS, ipc=20)
+    _discover(_images(12), [list(range(12))], eyes, settings)
+    assert sum(counts) == 60 and max(counts) == 7
+
+
+@pytest.mark.parametrize("size", [32, 64, 224, 448, 1024])
+def test_a_gpu_is_shown_fewer_images_where_they_are_larger(size: int) -> None:
+    """As many pixels as at 224 px, and no more images than that."""
+    gpu = torch.device("cuda")
+    for count, least in ((teacher_batch(gpu, size), 256), (pairs_at_once(size), 250)):
+        assert count == least if size <= 224 else count == least * 224**2 // size**2
 
 
 def test_a_pool_holds_what_may_be_kept_and_no_more() -> None:

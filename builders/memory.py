@@ -1,0 +1,27 @@
+"""A GPU without room for a build, told in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from nrrdd_format.errors import ConfigError
+
+
+@contextmanager
+def named_shortage() -> Iterator[None]:
+    """For what runs on the device of a build.
+
+    Raises:
+        ConfigError: the GPU's memory is too small for it, or others hold it.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        wanted = str(error).split(" GPU ")[0].strip()  # the rest is an account of the GPU and advice to programmers
+        raise ConfigError(
+            f"--device: the GPU has too little memory free ({wanted}); lower --batch-size or --size, end other "
+            f"programs on it, or use a larger one (--batch-size and --size change the images)"
+        ) from error

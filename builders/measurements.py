@@ -1,7 +1,8 @@
 """How long the units of a build take here and how large its parts get, measured on a few of them.
 
 Every measurement runs a stage's own code on real images, on the device of the build, and keeps nothing. The first run
-of each warms up (caches, compilation) and does not count where a second is affordable.
+of each warms up (caches, compilation) and does not count where a second is affordable; on a GPU it never does, since it
+finds kernels and records graphs.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ SAMPLE = 8
 """Images that are read and encoded."""
 DISCOVERED = 24
 """Training images that discovery is tried on, about."""
-STEPS = 3
-"""Refinement steps that are tried; the activation maps of a batch, a quarter of a step, are spread over them."""
+FEW_STEPS, MANY_STEPS = 3, 13
+"""Refinement steps that are tried: two numbers, since a batch has costs besides its steps."""
 AFFORDABLE = 10.0
 """Seconds up to which a measurement is made a second time, warm."""
 
@@ -85,17 +86,21 @@ def discovery_seconds(job: Job, read_seconds: float, processes: int) -> float:
     read = ArrayImages(
         pixels=pixels.transpose(0, 2, 3, 1), labels=labels, numbers=numbers, prefix="read", size=job.source.size
     )
-    seconds = _warm(lambda: list(discover_groups(read, [[0]], [numbers], job.eyes, small, job.config.seed)))
+    seconds = _warm(lambda: list(discover_groups(read, [[0]], [numbers], job.eyes, small, job.config.seed)), job)
     looking = seconds / (len(labels) or small.ipc)
     reading = read_seconds / processes if len(labels) else 0.0
     return max(looking, reading) if job.device.type == "cuda" else looking + reading
 
 
 def refinement_seconds(job: Job, images: NDArray[np.uint8]) -> float:
-    """Seconds of one refinement step of a full batch, once it is compiled where that is wanted."""
-    batch = job.batches[0]
+    """Seconds of a full batch with all its steps, once it is compiled where that is wanted.
+
+    Where the few steps take long, what a batch costs besides (its activation maps: a quarter of a step) is spread over
+    them, and many are not tried.
+    """
+    batch, settings = job.batches[0], job.settings.refinement
     initial = images[np.arange(len(batch)) % len(images)]
-    passes = Passes(job.eyes, replace(job.settings.refinement, iterations=STEPS))
+    passes = Passes(job.eyes, settings)
 
     def run() -> RefinedBatch:
         return refine_batch(
@@ -108,11 +113,17 @@ def refinement_seconds(job: Job, images: NDArray[np.uint8]) -> float:
             on_steps=lambda steps, terms: None,
         )
 
-    if passes.settings.compile:
-        run()
-    seconds = _warm(run) / STEPS
+    def seconds(steps: int) -> float:
+        passes.settings = replace(settings, iterations=steps)
+        if settings.compile:
+            run()
+        return _warm(run, job)
+
+    few = seconds(FEW_STEPS)
+    is_slow = few > AFFORDABLE
+    step = few / FEW_STEPS if is_slow else (seconds(MANY_STEPS) - few) / (MANY_STEPS - FEW_STEPS)
     passes.forget_graphs()
-    return seconds
+    return max(0.0, few + step * (settings.iterations - FEW_STEPS))
 
 
 def encoding(job: Job, images: NDArray[np.uint8]) -> tuple[float, float]:
@@ -147,7 +158,7 @@ def labels(job: Job, images: NDArray[np.uint8]) -> Labels:
         )
 
     labelled, first = _timed(label)
-    seconds = first if first > AFFORDABLE else _timed(label)[1]
+    seconds = _second(label, first, job)
     epochs = list(_epochs(job, labelled))
     blocks, write_seconds = _timed(lambda: encode_shard_records(epochs, layout, 0))
     written = len(epochs) * layout.pairs
@@ -173,10 +184,14 @@ def _epochs(job: Job, labelled: PairRecords) -> Iterator[PairRecords]:
         )
 
 
-def _warm(call: Callable[[], object]) -> float:
-    """Seconds of a call, of its second run if the first was short."""
-    first = _timed(call)[1]
-    return first if first > AFFORDABLE else _timed(call)[1]
+def _warm(call: Callable[[], object], job: Job) -> float:
+    """Seconds of a call."""
+    return _second(call, _timed(call)[1], job)
+
+
+def _second(call: Callable[[], object], first: float, job: Job) -> float:
+    """Seconds of a call whose first run took so many: of a second one if the first was short, or warmed a GPU up."""
+    return first if first > AFFORDABLE and job.device.type != "cuda" else _timed(call)[1]
 
 
 def _timed(call: Callable[[], Result]) -> tuple[Result, float]:

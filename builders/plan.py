@@ -156,7 +156,7 @@ def _making(job: Job, images: NDArray[np.uint8], read_seconds: float) -> list[St
             "refine",
             "batch",
             map(BATCH_ARRAY.format, range(len(batches))),
-            lambda: steps * measurements.refinement_seconds(job, images) if steps else 0.0,
+            lambda: measurements.refinement_seconds(job, images) if steps else 0.0,
             len(batches[0]) * pixels + ARRAY_HEADER,
         ),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
+from builders import measurements
 from builders import plan as planning
 from builders.cli import EPILOG, main, parse
 from builders.config import BuildConfig
 from builders.job import Job, prepare
 from builders.measurements import discovery_seconds
 from builders.models import create_model
+from builders.passes import Passes
 from builders.pipeline import build
 from builders.plan import StagePlan, plan, plan_stages
 from builders.quantities import shown_duration, shown_size
@@ -116,6 +119,33 @@ def test_discovery_waits_for_reading_by_all_its_processes(source: Path, tmp_path
     assert discovery_seconds(reads, 1e4, processes=4) == pytest.approx(2500, rel=0.01)
     makes = job(config(source, tmp_path / "out", init="noise", mask="all", label_refinement_views=False))
     assert discovery_seconds(makes, 1e4, processes=4) < 100
+
+
+@pytest.mark.parametrize(
+    ("device", "step", "warming", "expected"),
+    [("cpu", 0.1, 0.0, 5 + 2000 * 0.1), ("cpu", 4.0, 0.0, (5 + 3 * 4) / 3 * 2000), ("cuda", 0.1, 60.0, 5 + 2000 * 0.1)],
+)
+def test_what_a_batch_costs_besides_its_steps_counts_once(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    step: float,
+    warming: float,
+    expected: float,
+) -> None:
+    """Five seconds, and on a GPU a minute in the first run; where three steps take long, no more are tried."""
+    clock, warmed = [0.0], list[int]()
+
+    def refine(initial: object, labels: object, passes: Passes, **more: object) -> None:
+        clock[0] += 5 + step * passes.settings.iterations + (0 if warmed else warming)
+        warmed.append(passes.settings.iterations)
+
+    monkeypatch.setattr(measurements, "refine_batch", refine)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    here = replace(job(config(source, tmp_path / "out", iterations=2000)), device=torch.device(device))
+    found = measurements.refinement_seconds(here, np.zeros((1, 3, SIZE, SIZE), np.uint8))
+    assert found == pytest.approx(expected)
 
 
 def test_sizes_are_near_those_of_the_build(source: Path, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """The build from end to end: scan, discover, refine, encode, relabel, find priors, write.
 
 Every stage is a loop over units that the configuration fixes (classes, batches, shards, epochs of a shard). A unit's
-result appears in the work folder by rename and is skipped when it is there; ranks take every world_size-th unit and
-meet after each stage. So the result depends neither on interruptions nor on the number of ranks.
+result appears in the work folder by rename and is skipped when it is there; ranks take every world_size-th unit (or run
+of epochs, since those of a shard have its images in common) and meet after each stage. So the result depends neither on
+interruptions nor on the number of ranks.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def scan(job: Job) -> list[NDArray[np.int64]]:
         DataError: a class has too few; all such classes are named, with their counts.
     """
     needed, members = job.settings.discovery.images_needed, members_by_class(job.source.train.labels, job.num_classes)
-    mine = _open_units(job, job.scan, CLASS_JSON, range(job.num_classes))
+    mine = _open_units(job.scan, CLASS_JSON, job.ranks.share(range(job.num_classes)))
     orders = [draws.permutation(job.config.seed, "discovery-order", label, count=len(members[label])) for label in mine]
     candidates = [members[label][order] for label, order in zip(mine, orders, strict=True)]
     processes = reading_processes(job.config.threads, sum(min(needed, len(each)) for each in candidates))
@@ -213,7 +214,7 @@ def discover(job: Job, usable: list[NDArray[np.int64]]) -> None:
 def refine(job: Job) -> None:
     """Stage 2 for every batch."""
     settings, batches = job.settings.refinement, job.batches
-    mine = _open_units(job, job.refinement, BATCH_ARRAY, range(len(batches)))
+    mine = _open_units(job.refinement, BATCH_ARRAY, job.ranks.share(range(len(batches))))
     passes = Passes(job.eyes, settings)
     steps = len(mine) * settings.iterations
     for notice in (precision_notice(settings, job.device, steps), compile_notice(settings, job.device, steps)):
@@ -254,7 +255,8 @@ def compile_notice(settings: RefinementSettings, device: torch.device, steps: in
 
 def encode(job: Job) -> None:
     """Every shard's images as the bytes that will be stored: one msgpack list of byte strings a shard."""
-    for shard in _units(job, job.encoding, SHARD_BYTES, range(len(job.shards)), "encode", "shard"):
+    mine = job.ranks.share(range(len(job.shards)))
+    for shard in _units(job.encoding, SHARD_BYTES, mine, "encode", "shard"):
         make = _refined_bytes if job.given is None else _given_bytes
         job.encoding.save_bytes(SHARD_BYTES.format(shard), msgpack.packb(make(job, job.shards[shard].tolist())))
     job.ranks.meet()
@@ -277,10 +279,10 @@ def _given_bytes(job: Job, indices: list[int]) -> list[bytes]:
 
 
 def relabel(job: Job) -> None:
-    """Stage 3: the distances and further classes of every epoch of every shard."""
+    """Stage 3: the distances and further classes of every epoch of every shard, whose images are decoded once a run."""
     units = [(shard, epoch) for shard in range(len(job.shards)) for epoch in range(job.settings.records.epochs)]
     decoded: tuple[int, torch.Tensor] | None = None
-    for shard, epoch in _units(job, job.relabeling, DISTANCES, units, "relabel", "epoch"):
+    for shard, epoch in _units(job.relabeling, DISTANCES, job.ranks.share_runs(units), "relabel", "epoch"):
         if decoded is None or decoded[0] != shard:
             decoded = (shard, _decode(job, shard))
         labelled = relabel_epoch(
@@ -311,7 +313,8 @@ def find_priors(job: Job) -> None:
     """What the teacher sees in every image of every shard beside the image's class."""
     if job.settings.records.priors is None:
         return
-    for shard in _units(job, job.priors, MASSES, range(len(job.shards)), "priors", "shard"):
+    mine = job.ranks.share(range(len(job.shards)))
+    for shard in _units(job.priors, MASSES, mine, "priors", "shard"):
         layout = job.layout(shard)
         masses = prior_masses(
             _decode(job, shard),
@@ -332,16 +335,14 @@ def _decode(job: Job, shard: int) -> torch.Tensor:
     return stack_images(images).to(job.device)
 
 
-def _open_units(job: Job, stage: Stage, name: str, units: Sequence[Unit]) -> list[Unit]:
-    """This rank's share of the units that are not finished; `name` is the pattern of a finished unit's file."""
-    return [unit for unit in job.ranks.share(units) if not stage.has(_unit_name(name, unit))]
+def _open_units(stage: Stage, name: str, units: Sequence[Unit]) -> list[Unit]:
+    """The units of a rank that are not finished; `name` is the pattern of a finished unit's file."""
+    return [unit for unit in units if not stage.has(_unit_name(name, unit))]
 
 
-def _units(
-    job: Job, stage: Stage, name: str, units: Sequence[Unit], description: str, unit_word: str
-) -> Iterator[Unit]:
-    """Goes through this rank's open units under a progress bar."""
-    mine = _open_units(job, stage, name, units)
+def _units(stage: Stage, name: str, units: Sequence[Unit], description: str, unit_word: str) -> Iterator[Unit]:
+    """Goes through a rank's open units under a progress bar."""
+    mine = _open_units(stage, name, units)
     with Progress(len(mine), description, unit_word) as progress:
         for unit in mine:
             yield unit

@@ -18,6 +18,8 @@ from nrrdd_format.errors import ConfigError, RankError
 
 Unit = TypeVar("Unit")
 
+RUNS = 4
+"""Of units, for each rank."""
 JOINING_TIMEOUT = datetime.timedelta(minutes=10)
 """By then every process of the run has started, or one never will."""
 MEETING_TIMEOUT = datetime.timedelta(days=30)
@@ -42,6 +44,16 @@ class Ranks:
     def share(self, units: Sequence[Unit]) -> Sequence[Unit]:
         """The units this rank takes: every `world_size`-th, so that neighbours in cost are spread."""
         return units[self.rank :: self.world_size]
+
+    def share_runs(self, units: Sequence[Unit]) -> list[Unit]:
+        """The units this rank takes where neighbours have much in common: every `world_size`-th run of them.
+
+        A rank has several runs, so that what a stopped build has done, with however many ranks, is spared to all alike.
+        """
+        runs = min(len(units), RUNS * self.world_size)
+        bounds = [len(units) * run // runs for run in range(runs + 1)] if runs else [0]
+        mine = range(self.rank, runs, self.world_size)
+        return [unit for run in mine for unit in units[bounds[run] : bounds[run + 1]]]
 
     def meet(self) -> None:
         """Waits until every rank has come here.

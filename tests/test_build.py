@@ -30,7 +30,7 @@ from builders.job import Job, prepare
 from builders.models import create_model
 from builders.pipeline import build, discover, scan
 from builders.plan import plan
-from builders.ranks import Ranks
+from builders.ranks import RUNS, Ranks
 from builders.teacher import save_checkpoint
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.decoding import decode_image
@@ -363,6 +363,22 @@ def test_a_dataset_that_lost_shards_is_not_taken_for_the_whole(source: Path, ref
     repair_dataset(part)
     with pytest.raises(OutputError, match=r"holds 1 of this build's 2 shards .*move it away"):
         build(_config(source, part))
+
+
+@pytest.mark.parametrize(("shards", "epochs"), [(50, 300), (1, 4), (3, 7), (1, 1), (0, 0)])
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_ranks_take_runs_of_epochs_and_so_decode_few_shards(shards: int, epochs: int, count: int) -> None:
+    """Each epoch is one rank's, all have as many but for one a run, and after half of them as much is left to each."""
+    units = [(shard, epoch) for shard in range(shards) for epoch in range(epochs)]
+    shares = [Ranks(rank=rank, world_size=count, local_rank=0).share_runs(units) for rank in range(count)]
+    assert sorted(unit for share in shares for unit in share) == units
+    assert all(share == sorted(share) for share in shares)
+    left = [len([unit for unit in share if unit >= (shards // 2, 0)]) for share in shares]
+    run = -(-len(units) // (RUNS * count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= RUNS
+    assert max(left) - min(left) <= run + RUNS
+    decoded = [len({shard for shard, _ in share}) for share in shares]
+    assert max(decoded) <= shards / count + 2 * RUNS
 
 
 def test_a_gpu_that_is_not_there_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

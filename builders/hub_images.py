@@ -56,12 +56,14 @@ class TableImages(PackedImages):
         import pyarrow.compute as pc
 
         for batch in self.table.with_format("arrow").iter(_BATCH):
-            column = batch.column(0).combine_chunks()
+            column = batch.column(0)
             is_struct = pa.types.is_struct(column.type)
-            data = pc.struct_field(column, "bytes") if is_struct else column
-            yield str(pc.binary_length(data).to_pylist()).encode()
-            if is_struct and data.null_count:
-                yield str(pc.struct_field(column, "path").to_pylist()).encode()
+            # Chunk by chunk: one array of them all would be a copy of the images.
+            data = [pc.struct_field(chunk, "bytes") if is_struct else chunk for chunk in column.chunks]
+            yield str([length for part in data for length in pc.binary_length(part).to_pylist()]).encode()
+            if is_struct and any(part.null_count for part in data):
+                paths = (pc.struct_field(chunk, "path").to_pylist() for chunk in column.chunks)
+                yield str([path for part in paths for path in part]).encode()
 
 
 @dataclass(frozen=True, kw_only=True)

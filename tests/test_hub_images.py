@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -171,6 +173,25 @@ def test_rows_that_name_a_file(tmp_path: Path) -> None:
     with pytest.raises(UnusableImage, match="neither an image's bytes nor the path of a file"):
         images.read(1)
     assert len(images.fingerprint()) == 64
+
+
+def test_the_fingerprint_reads_no_image(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is the same however the column lies in pieces."""
+    images = load(saved).train
+    assert isinstance(images, TableImages)
+    pieces = datasets.concatenate_datasets([images.table.select(range(k, k + 3)) for k in (0, 3, 6)])
+    assert len(pieces.data.column(0).chunks) > 1
+    many = datasets.concatenate_datasets([pieces] * 100)
+    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    try:
+        facts = list(replace(images, table=many).facts())
+    finally:
+        pa.set_memory_pool(before)
+    assert pool.max_memory() < 100 * sum(len(encoded(k)) for k in range(9)) / 10
+    lengths = [len(encoded(k)) for k in range(9)] * 100
+    assert facts == [str(lengths).encode()]
+    assert list(replace(images, table=pieces).facts()) == list(images.facts()) == [str(lengths[:9]).encode()]
 
 
 def test_the_fingerprint_follows_the_content(tmp_path: Path, saved: Path) -> None:

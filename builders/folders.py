@@ -72,8 +72,8 @@ def image_names(split: Path, folder: str) -> Iterator[str]:
     found: list[str] = []
     top = split / folder
     for parent, _, files in os.walk(top, onerror=_raise) if top.is_dir() else ():
-        base = Path(parent).relative_to(split)
-        found += [(base / file).as_posix() for file in files if _counts(file)]
+        base = Path(parent).relative_to(split).as_posix()
+        found += [f"{base}/{file}" for file in files if _counts(file)]
     yield from sorted(found)
 
 

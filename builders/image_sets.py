@@ -74,9 +74,9 @@ class FolderImages:
 
     def fingerprint(self) -> str:
         """Covers names, labels, file sizes and S: quick for many files, blind to edits of equal length."""
-        return _sha256(
-            os.fsencode(f"{name}\0{label}\0{_file_size(self.root / name)}\0{self.size}\n")
-            for name, label in zip(self.names, self.labels, strict=True)
+        return _sha256(  # no Path for each file: there may be millions
+            os.fsencode(f"{name}\0{label}\0{_file_size(os.path.join(self.root, name))}\0{self.size}\n")
+            for name, label in zip(self.names, self.labels.tolist(), strict=True)
         )
 
     def arranged(self, indices: NDArray[np.int64], labels: NDArray[np.int64], size: int) -> FolderImages:
@@ -253,9 +253,9 @@ def _channels_first(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(image.transpose(2, 0, 1))
 
 
-def _file_size(path: Path) -> int:
+def _file_size(path: str) -> int:
     try:
-        return path.stat().st_size
+        return os.stat(path).st_size
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 

@@ -32,7 +32,8 @@ class Ranks:
 
     rank: int
     world_size: int
-    local_rank: int
+    local_rank: int | None
+    """Its number on its machine; None: not said."""
     group: dist.ProcessGroup | None = None
     """What they meet in; None for one process alone."""
 
@@ -77,12 +78,34 @@ class Ranks:
             tqdm.write(message, file=sys.stderr)
 
     def device(self, name: str) -> torch.device:
-        """`auto` is this rank's GPU where there is one. Raises ConfigError for `cuda` where there is none."""
+        """`auto` is this rank's GPU where there is one.
+
+        Raises:
+            ConfigError: `cuda` where there is none, or of several GPUs nobody says which is this rank's.
+        """
         if name == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device: found cuda, but torch sees no GPU; leave the option out or say cpu")
         if name == "cpu" or not torch.cuda.is_available():
             return torch.device("cpu")
-        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        count = torch.cuda.device_count()
+        if self.local_rank is None and count > 1:
+            raise ConfigError(
+                f"LOCAL_RANK: not set with WORLD_SIZE {self.world_size} and {count} GPUs, so all processes would take "
+                f"the first; start them with torchrun, or number those of each machine with LOCAL_RANK from 0"
+            )
+        return torch.device("cuda", (self.local_rank or 0) % count)
+
+
+def ranks_of_environment() -> Ranks:
+    """This process's place as `torchrun`, or who starts the processes, says; alone where nobody does."""
+    world_size, local = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("LOCAL_RANK")
+    if world_size == 1:
+        local = local or "0"
+    return Ranks(
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=world_size,
+        local_rank=None if local is None else int(local),
+    )
 
 
 @contextmanager
@@ -94,11 +117,7 @@ def joined_ranks() -> Iterator[Ranks]:
     Raises:
         RankError: the processes do not find each other.
     """
-    ranks = Ranks(
-        rank=int(os.environ.get("RANK", "0")),
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-    )
+    ranks = ranks_of_environment()
     if ranks.world_size == 1:
         yield ranks
         return

@@ -30,7 +30,7 @@ from builders.job import Job, prepare
 from builders.models import create_model
 from builders.pipeline import build, discover, scan
 from builders.plan import plan
-from builders.ranks import RUNS, Ranks
+from builders.ranks import RUNS, Ranks, ranks_of_environment
 from builders.teacher import save_checkpoint
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.decoding import decode_image
@@ -405,6 +405,36 @@ def test_a_rank_computes_with_its_share_of_the_cores(
     monkeypatch.setattr(torch, "set_num_threads", take)
     with pytest.raises(TakenError, match=f"^{used}$"):
         run(_config(source, tmp_path / "out", threads=threads))
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "gpus", "taken"), [(None, 1, "cuda:0"), (None, 2, None), (3, 2, "cuda:1"), (0, 2, "cuda:0")]
+)
+def test_ranks_do_not_all_take_the_first_of_several_gpus(
+    monkeypatch: pytest.MonkeyPatch, local_rank: int | None, gpus: int, taken: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    ranks = Ranks(rank=3, world_size=4, local_rank=local_rank)
+    assert ranks.device("cpu") == torch.device("cpu")
+    if taken is None:
+        with pytest.raises(ConfigError, match=r"^LOCAL_RANK: not set with WORLD_SIZE 4 and 2 GPUs.*torchrun"):
+            ranks.device("auto")
+    else:
+        assert ranks.device("auto") == torch.device(taken)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"), [({}, 0), ({"LOCAL_RANK": "2"}, 2), ({"WORLD_SIZE": "4", "RANK": "1"}, None)]
+)
+def test_the_number_on_a_machine_is_only_guessed_for_a_process_alone(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: int | None
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert ranks_of_environment().local_rank == expected
 
 
 def test_imagenet_without_data_says_in_one_line_what_is_missing(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def _claim(descriptor: int, work: Path, say: Callable[[str], object]) -> None:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise OutputError(
                 f"{work}: another process is building there; wait for its end or stop it, and the same command goes "
-                f"on, or choose another --work-dir"
+                f"on, or choose another --work-dir (if its machine has vanished, remove {work / LOCK})"
             ) from error
         say(f"{work}: has no locks ({error.strerror}), so see to it that no other process builds there meanwhile")
 

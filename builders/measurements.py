@@ -123,7 +123,8 @@ def refinement_seconds(job: Job, images: NDArray[np.uint8]) -> float:
     is_slow = few > AFFORDABLE
     step = few / FEW_STEPS if is_slow else (seconds(MANY_STEPS) - few) / (MANY_STEPS - FEW_STEPS)
     passes.forget_graphs()
-    return max(0.0, few + step * (settings.iterations - FEW_STEPS))
+    more = max(0.0, step) * max(0, settings.iterations - FEW_STEPS)  # other work on the machine may turn the sign
+    return few * min(1.0, settings.iterations / FEW_STEPS) + more
 
 
 def encoding(job: Job, images: NDArray[np.uint8]) -> tuple[float, float]:

@@ -461,7 +461,7 @@ BEYOND_LIMITS: dict[str, Sequence[Broken]] = {
     "objects and lists inside each other in the manifest": [
         Broken("65", manifest("method", "deep", value=json.loads("[" * 63 + "]" * 63)), "nested deeper than 64 levels")
     ],
-    "one text in the manifest": [
+    "one text in the manifest, `method` left out": [
         Broken("4097", manifest("dataset", "name", value="x" * 4097), r"dataset\.name is 'xxx"),
         Broken("a control", manifest("dataset", "name", value="a\x1b[31m"), r"dataset\.name is 'a"),
         Broken("half a character", manifest("dataset", "name", value="a\ud800"), r"dataset\.name is 'a"),

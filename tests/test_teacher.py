@@ -427,7 +427,10 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, "tests")
+import torch
 from test_teacher import source, train
+
+torch.set_num_threads(int(sys.argv[2]))  # the result depends on them
 
 def stop(report):
     if report.epoch == 1:
@@ -439,7 +442,8 @@ train(source(), state_path=Path(sys.argv[1]), on_epoch=stop)
 
 def test_killed_training_goes_on_where_it_was(tmp_path: Path, repository: Path) -> None:
     state = tmp_path / "teacher.state"
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(state)], cwd=repository, check=False)
+    command = [sys.executable, "-c", KILLED, str(state), str(torch.get_num_threads())]
+    killed = subprocess.run(command, cwd=repository, check=False)
     assert killed.returncode == -signal.SIGKILL
     reports: list[EpochReport] = []
     resumed = train(source(), state_path=state, on_epoch=reports.append)

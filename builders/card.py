@@ -29,9 +29,9 @@ For each pair two distances to the teacher stand in for its soft label (DBR).
 ## Load it
 
 ```python
-from loaders import DBRLoader, DBRLoss
+from loaders import DBRLoader, {loss}
 
-loader, loss_function = DBRLoader("path/to/this/folder", batch_size={batch_size}), DBRLoss()
+loader, loss_function = DBRLoader("path/to/this/folder", batch_size={batch_size}), {loss}({temperature})
 for batch in loader:
     loss = loss_function(model(batch.images), batch)
 ```
@@ -91,6 +91,8 @@ def dataset_card(manifest: Manifest) -> str:
         sha256=manifest.teacher.sha256,
         version=version_text(manifest.version),
         batch_size=min(100, images.count),
+        loss="DBRLoss" if records.priors is None and records.further is None else "CompletedDBRLoss",
+        temperature="" if records.temperature == 1 else f"temperature={records.temperature:g}",
         license=manifest.dataset.source_license or "not stated",
         class_names=", ".join(manifest.dataset.class_names),
         method=json.dumps(manifest.method, indent=2, sort_keys=True),

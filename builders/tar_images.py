@@ -27,6 +27,7 @@ CLASS_NAMES = "classnames.txt"
 """A file beside the shards, or beside the splits' folders: the class of label k in line k."""
 TESTS = ("test", "val", "validation")
 _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|val)(?![a-z])")
+_SPLIT_FOLDER = re.compile(r"(?:.*-)?(train|test|validation|val)(?:-[0-9a-f]{12})?")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -122,11 +123,17 @@ def find_shards(place: Place, cache_dir: Path) -> tuple[Path, list[Path], list[P
         train_shards = _shards_of(place / "train", "--data-dir", cache_dir)
         return place, train_shards, [] if test is None else _shards_of(test, "--data-dir", cache_dir)
     shards = _shards_of(place, "--data-dir", cache_dir)
-    splits = {path: found[1] for path in shards if (found := _SPLIT.search(path.name.lower()))}
+    splits = {path: split for path in shards if (split := _split(path))}
     train = [path for path in shards if splits.get(path) == "train"]
     if not train:
         return shards[0].parent, shards, []
     return shards[0].parent, train, [path for path in shards if splits.get(path) in TESTS]
+
+
+def _split(shard: Path) -> str | None:
+    """The split that a shard's name tells, or else its folder's (which for a URL ends in the URL's last word)."""
+    found = _SPLIT.search(shard.name.lower()) or _SPLIT_FOLDER.fullmatch(shard.parent.name.lower())
+    return found[1] if found else None
 
 
 def _shards_of(place: Place, option: str, cache_dir: Path) -> list[Path]:
@@ -147,10 +154,13 @@ def _shards_of(place: Place, option: str, cache_dir: Path) -> list[Path]:
 
 
 def expand(pattern: str) -> list[str]:
-    """The names that a pattern stands for."""
+    """The names that a pattern stands for. Raises DataError: its braces do not match."""
     from webdataset.shardlists import expand_urls
 
-    names: list[str] = expand_urls(pattern)
+    try:
+        names: list[str] = expand_urls(pattern)
+    except ValueError as error:
+        raise DataError(f"{pattern}: {error}; expected a pattern as path/{{000..099}}.tar") from error
     return names
 
 

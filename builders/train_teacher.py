@@ -153,11 +153,12 @@ class _Trainer:
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=run.learning_rate, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY
         )
+        steps = run.epochs * feed.steps(run.batch_size)
         self.schedule = OneCycleLR(
             self.optimizer,
             max_lr=run.learning_rate,
-            total_steps=run.epochs * feed.steps(run.batch_size),
-            pct_start=WARM_UP,
+            total_steps=steps,
+            pct_start=WARM_UP if steps * WARM_UP != 1 else 2 * WARM_UP,  # torch cannot rise in a single step
             cycle_momentum=False,
         )
 

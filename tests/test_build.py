@@ -24,6 +24,7 @@ from PIL import Image
 
 from builders import cores, discovery, measurements, pipeline
 from builders.cam import ClassActivation
+from builders.card import dataset_card
 from builders.cli import main, parse
 from builders.config import BuildConfig
 from builders.job import Job, prepare
@@ -119,6 +120,9 @@ def test_a_build_leaves_a_sound_dataset_with_card_and_pictures(reference: Path) 
     assert manifest.method["refinement"]["iterations"] == 3
     card = (reference / "README.md").read_text()
     assert "DBRLoader" in card and "not stated" in card and "2503.18267" in card
+    for temperature, priors, loss in ((1.0, None, "DBRLoss()"), (4.0, 1, "CompletedDBRLoss(temperature=4)")):
+        records = replace(manifest.records, temperature=temperature, priors=priors, further=None)
+        assert f", {loss}\n" in dataset_card(replace(manifest, records=records))
 
 
 def test_shards_are_class_balanced(reference: Path) -> None:

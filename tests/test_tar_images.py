@@ -127,6 +127,19 @@ def test_splits_told_apart_by_the_names_of_shards(tmp_path: Path) -> None:
     assert (len(source.train), len(source.test)) == (6, 3)
 
 
+def test_splits_told_apart_by_the_folders_of_shards(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_tar(tmp_path / split / "000.tar", samples(range(3)))
+        write_tar(tmp_path / f"b-{split}-0123456789ab" / "000.tar", samples(range(3)))  # as kept of a URL
+    for pattern in ("{train,val}/000.tar", "{b-train,b-val}-0123456789ab/000.tar"):
+        source = load(tmp_path / pattern)
+        assert source.test is not None and (len(source.train), len(source.test)) == (3, 3)
+
+
+def test_braces_that_do_not_match(tmp_path: Path) -> None:
+    refuse(tmp_path / "{000..", r"Unbalanced braces.*expected a pattern as path/\{000\.\.099\}\.tar")
+
+
 def test_shards_of_unknown_names_are_all_for_training(tmp_path: Path, shards: Path) -> None:
     for name in ("contest.tar", "valley.tar"):
         write_tar(tmp_path / "all" / name, samples(range(3)))

@@ -405,6 +405,12 @@ def test_training_learns_in_bfloat16() -> None:
     assert digest(trained) != digest(train(source(), epochs=8))
 
 
+@pytest.mark.parametrize("epochs", [1, 5, 10])
+def test_training_of_few_steps(epochs: int) -> None:
+    """Five steps in all would rise in a single one, by which torch would divide."""
+    assert train(source(), epochs=epochs, batch_size=1000).top1 is not None
+
+
 def test_training_without_test_images() -> None:
     assert train(source(test=None), epochs=1).top1 is None
 

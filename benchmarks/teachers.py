@@ -32,7 +32,7 @@ from benchmarks.results_io import (
     write_text,
 )
 from builders.sources import load_source
-from nrrdd_format.errors import ConfigError
+from nrrdd_format.errors import ConfigError, counted
 from nrrdd_format.files import atomic_write
 
 MODULE = "benchmarks.teachers"
@@ -50,7 +50,9 @@ class Taught:
         """The teacher's network, and its epochs of training where a log beside the checkpoint tells them."""
         architecture = next(iter(self.table.values())).teacher
         log = self.grid.teacher_checkpoint.with_name(self.grid.teacher_checkpoint.name + ".json")
-        return f"{architecture}, {json.loads(log.read_text())['epochs']} epochs" if log.is_file() else architecture
+        if not log.is_file():
+            return architecture
+        return f"{architecture}, {counted(json.loads(log.read_text())['epochs'], 'epoch')}"
 
     @property
     def top1(self) -> float | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from builders.memory import at_once
 from nrrdd_format.errors import TeacherError
 
 FLAT = 1e-6
@@ -29,11 +30,6 @@ Pooling = Literal["mean", "flatten"]
 def teacher_batch(device: torch.device, size: int) -> int:
     """Images of `size` px that a teacher is shown at once: a CPU is fastest where they stay in its cache."""
     return max(16, min(100, (1 << 20) // size**2)) if device.type == "cpu" else at_once(256, size)
-
-
-def at_once(count: int, size: int) -> int:
-    """So many images of at most 224 px; of larger ones as many as have the same pixels, since memory goes by these."""
-    return min(count, count * 224**2 // size**2)
 
 
 class ClassActivation:

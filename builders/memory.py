@@ -1,4 +1,4 @@
-"""A GPU without room for a build, told in one line."""
+"""What a GPU has room for: how much is shown to it at once, and the line that says that a build does not fit."""
 
 from __future__ import annotations
 
@@ -25,3 +25,8 @@ def named_shortage() -> Iterator[None]:
             f"--device: the GPU has too little memory free ({wanted}); lower --batch-size or --size, end other "
             f"programs on it, or use a larger one (--batch-size and --size change the images)"
         ) from error
+
+
+def at_once(count: int, size: int) -> int:
+    """So many images of at most 224 px; of larger ones as many as have the same pixels, since memory goes by these."""
+    return min(count, count * 224**2 // size**2)

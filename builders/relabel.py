@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from builders.cam import at_once
+from builders.memory import at_once
 from nrrdd_format.errors import TeacherError
 from nrrdd_format.pairs import PairRecords
 from nrrdd_format.replay import plan_batch, replay

@@ -368,7 +368,7 @@ def test_teachers_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert teachers.main(command) == 0
     (page,) = (tmp_path / "results").glob("*-teachers-digits.md")
     lines = [line for line in page.read_text().splitlines() if line.startswith("| IPC 1, random-real")]
-    one, three = "conv2-w8, 1 epochs", "conv2-w8, 3 epochs"
+    one, three = "conv2-w8, 1 epoch", "conv2-w8, 3 epochs"
     assert [line.split("|")[2].strip() for line in lines] == [one, three, three, one, three]  # top-1, gains, recovery
     assert len(list((tmp_path / "out" / "cells").iterdir())) == 6
     assert page.with_suffix(".png").stat().st_size > 10_000

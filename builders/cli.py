@@ -263,6 +263,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         "--threads",
         type=int,
         metavar="N",
-        help="torch's CPU threads, and processes that read images (all cores; results depend on them a little)",
+        help="torch's CPU threads, and processes that read images (OMP_NUM_THREADS, or all cores; results depend on "
+        "them a little)",
     )
     group.add_argument("--work-dir", type=Path, metavar="DIR", help="results of the stages (default: OUT.work)")

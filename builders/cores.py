@@ -11,5 +11,13 @@ def usable_cores() -> int:
 
 
 def reading_threads(threads: int | None) -> int:
-    """What one rank computes and reads with; by default its share of the machine's cores."""
-    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if threads is None else threads
+    """What one rank computes and reads with: `threads`, or else its share of the machine's cores.
+
+    Outside torchrun, which sets OMP_NUM_THREADS to 1 whatever the machine has, that variable says how many.
+    """
+    if threads is not None:
+        return threads
+    if ranks := os.environ.get("LOCAL_WORLD_SIZE"):
+        return max(1, usable_cores() // int(ranks))
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(wanted) if wanted.isdecimal() and int(wanted) > 0 else usable_cores()

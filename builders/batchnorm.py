@@ -65,12 +65,7 @@ class _BatchStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, features: Tensor) -> tuple[Tensor, Tensor]:
-        if features.dtype not in (torch.bfloat16, torch.float16):
-            variance, mean = torch.var_mean(features, dim=OVER, correction=0)
-        else:  # sums in float32 without a float32 copy of the features
-            mean = features.mean(OVER, dtype=torch.float32)
-            square = torch.linalg.vector_norm(features, dim=OVER, dtype=torch.float32).square()
-            variance = (square / (features.numel() // features.shape[1]) - mean.square()).clamp_min(0)
+        mean, variance = (_reductions if torch.compiler.is_compiling() else _one_kernel)(features)
         context.save_for_backward(features, mean)
         return mean, variance
 
@@ -83,3 +78,22 @@ class _BatchStatistics(torch.autograd.Function):
         channels = (1, -1, 1, 1)
         slope, offset = slope.view(channels).to(features.dtype), offset.view(channels).to(features.dtype)
         return torch.addcmul(offset, features, slope)
+
+
+def _one_kernel(features: Tensor) -> tuple[Tensor, Tensor]:
+    """By what brings BatchNorm's running statistics up to date: var_mean is slow over channels that come last."""
+    dtype = torch.promote_types(features.dtype, torch.float32)  # of the running ones, and so of the result
+    running = features.new_zeros((2, features.shape[1]), dtype=dtype)
+    mean, variance = torch.batch_norm_update_stats(features, running[0], running[1], 0.0)
+    return mean, variance
+
+
+def _reductions(features: Tensor) -> tuple[Tensor, Tensor]:
+    """In operations that torch.compile knows, and fuses with what comes before."""
+    if features.dtype not in (torch.bfloat16, torch.float16):
+        variance, mean = torch.var_mean(features, dim=OVER, correction=0)
+        return mean, variance
+    # Sums in float32 without a float32 copy of the features.
+    mean = features.mean(OVER, dtype=torch.float32)
+    square = torch.linalg.vector_norm(features, dim=OVER, dtype=torch.float32).square()
+    return mean, (square / (features.numel() // features.shape[1]) - mean.square()).clamp_min(0)

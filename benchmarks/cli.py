@@ -55,6 +55,7 @@ example:
   nrrdd preview digits-ipc10 --out pictures
 Writes contact-sheet.png (the first image of every class, at most 50) and distances.png (both distances).
 Where the build's work folder is still there, the sheet also shows the initial images and the masks.
+Pictures of the same dataset are drawn anew, those of another are left alone.
 """
 
 
@@ -197,11 +198,8 @@ def run_preview(options: argparse.Namespace) -> int:
     from builders.preview import redraw
 
     beside = options.path.resolve()
-    written = redraw(
-        options.path,
-        options.out or beside.with_name(beside.name + ".preview"),
-        work=options.work_dir or beside.with_name(beside.name + ".work"),
-    )
+    out = options.out or beside.with_name(beside.name + ".preview")
+    written = redraw(options.path, out, work=options.work_dir)
     print(written.contact_sheet)
     print(written.histogram)
     return 0

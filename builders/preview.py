@@ -15,10 +15,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 
 from nrrdd_format.dataset import DistilledDataset, open_dataset
 from nrrdd_format.decoding import decode_image
-from nrrdd_format.errors import OutputError
+from nrrdd_format.errors import ConfigError, OutputError
 from nrrdd_format.files import atomic_write
 from nrrdd_format.manifest import Manifest
 
@@ -27,6 +28,8 @@ Masks = NDArray[np.float32]
 
 CONTACT_SHEET = "contact-sheet.png"
 HISTOGRAM = "distances.png"
+OWNER = "Dataset"
+"""Key of the PNGs' text that holds the id of the dataset they show."""
 # What a build keeps of the shown images in the work folder of its last stage.
 SHOWN_INDICES, SHOWN_INITIAL, SHOWN_MASK = "shown-indices.npy", "shown-initial.npy", "shown-mask.npy"
 COLUMNS = 10
@@ -55,7 +58,13 @@ class Preview:
 
 
 def write_contact_sheet(
-    path: Path, *, initial: Images | None, mask: Masks | None, refined: Images, class_names: Sequence[str]
+    path: Path,
+    *,
+    initial: Images | None,
+    mask: Masks | None,
+    refined: Images,
+    class_names: Sequence[str],
+    dataset_id: str,
 ) -> None:
     """Writes a PNG that shows every image as a column: its initial mosaic, its mask and its refined form below.
 
@@ -65,6 +74,7 @@ def write_contact_sheet(
         mask: (k, S, S) float32, M of the paper's Eq. 4 (bright: free to change, black: kept), or None.
         refined: (k, 3, S, S) uint8.
         class_names: the class of each of the k images, its column's title.
+        dataset_id: whose images they are; kept in the file.
 
     Raises:
         OutputError: the file cannot be written.
@@ -76,16 +86,19 @@ def write_contact_sheet(
     axes = figure.subplots(len(bands), squeeze=False)[:, 0]
     for axis, band in zip(axes, bands, strict=True):
         _draw_band(axis, [row[band] for row in rows], titles, class_names[band], width)
-    _save(figure, path)
+    _save(figure, path, dataset_id)
 
 
-def write_distance_histogram(path: Path, distance_org: NDArray[np.float32], distance_aug: NDArray[np.float32]) -> None:
+def write_distance_histogram(
+    path: Path, distance_org: NDArray[np.float32], distance_aug: NDArray[np.float32], *, dataset_id: str
+) -> None:
     """Writes a PNG that says how often each level of both distances occurs, in nats on a logarithmic axis.
 
     Args:
         path: the PNG to write.
         distance_org: d_org = −log p[y_i] of any number of pairs, float32, on the dataset's levels.
         distance_aug: d_aug = −log p[y_j], alike.
+        dataset_id: whose distances they are; kept in the file.
 
     Raises:
         OutputError: the file cannot be written.
@@ -98,7 +111,7 @@ def write_distance_histogram(path: Path, distance_org: NDArray[np.float32], dist
         axis.plot(levels, counts / len(distances), drawstyle="steps-mid", marker=".", label=label)
     axis.set(xscale="log", xlabel="distance −log p, nats", ylabel="share of the pairs")
     axis.legend()
-    _save(figure, path)
+    _save(figure, path, dataset_id)
 
 
 def preview_dataset(
@@ -123,33 +136,40 @@ def preview_dataset(
     _make_folder(out)
     with open_dataset(dataset_path) as dataset:
         shown = shown_images(dataset)
-        names = dataset.manifest.dataset.class_names
+        names, dataset_id = dataset.manifest.dataset.class_names, dataset.manifest.dataset_id
         write_contact_sheet(
             out / CONTACT_SHEET,
             initial=None if initial is None else np.stack([initial[image.index] for image in shown]),
             mask=None if mask is None else np.stack([mask[image.index] for image in shown]),
             refined=np.stack([_decode(dataset, image) for image in shown]),
             class_names=[names[image.label] for image in shown],
+            dataset_id=dataset_id,
         )
-        write_distance_histogram(out / HISTOGRAM, *_distances(dataset))
+        write_distance_histogram(out / HISTOGRAM, *_distances(dataset), dataset_id=dataset_id)
     return Preview(contact_sheet=out / CONTACT_SHEET, histogram=out / HISTOGRAM)
 
 
-def redraw(dataset_path: Path, out: Path, *, work: Path) -> Preview:
+def redraw(dataset_path: Path, out: Path, *, work: Path | None = None) -> Preview:
     """Writes both pictures anew, with initial images and masks if the build's work folder still holds them.
 
     Args:
         dataset_path: the dataset's folder.
         out: the folder to write to, made when missing.
-        work: the work folder of the build; it may be gone.
+        work: the work folder of the build; None: `DATASET.work`, which may be gone.
 
     Raises:
+        ConfigError: `work` holds nothing of this dataset's build.
         FormatError: the dataset is damaged.
-        OutputError: a picture cannot be written.
+        OutputError: a picture cannot be written, or one of another dataset is in its place.
     """
     with open_dataset(dataset_path) as dataset:
-        kept = work / f"writing-{dataset.manifest.method.get('build_key')}"
+        folder, manifest = dataset.path.resolve(), dataset.manifest
+    _refuse_other_pictures(out, manifest.dataset_id)
+    beside = folder.with_name(f"{folder.name}.work")
+    kept = (work or beside) / f"writing-{manifest.method.get('build_key')}"
     if not all((kept / name).is_file() for name in (SHOWN_INDICES, SHOWN_INITIAL, SHOWN_MASK)):
+        if work is not None:
+            raise ConfigError(_no_work(work))
         return preview_dataset(dataset_path, out)
     indices, initial, mask = (
         np.load(kept / name, allow_pickle=False) for name in (SHOWN_INDICES, SHOWN_INITIAL, SHOWN_MASK)
@@ -161,6 +181,29 @@ def redraw(dataset_path: Path, out: Path, *, work: Path) -> Preview:
         initial=dict(zip(numbers, initial, strict=True)),
         mask=dict(zip(numbers, mask, strict=True)),
     )
+
+
+def _refuse_other_pictures(out: Path, dataset_id: str) -> None:
+    """Pictures are drawn over those of the same dataset only."""
+    for path in (out / CONTACT_SHEET, out / HISTOGRAM):
+        if path.exists() and (found := _owner(path)) != dataset_id:
+            whose = "is no preview of a known dataset" if found is None else f"shows another dataset, of id {found}"
+            raise OutputError(f"{path}: {whose}, expected {dataset_id}; move it away or choose another --out")
+
+
+def _owner(path: Path) -> str | None:
+    """The id of the dataset that a picture shows; None: it does not say, or is no picture."""
+    try:
+        with Image.open(path) as picture:
+            owner = picture.info.get(OWNER)
+    except (OSError, ValueError, SyntaxError):  # what Pillow raises for damaged files
+        return None
+    return owner if isinstance(owner, str) else None
+
+
+def _no_work(work: Path) -> str:
+    found = "holds no initial images of this dataset's build" if work.is_dir() else "no such folder"
+    return f"--work-dir: {work}: {found}, expected the build's work folder; without the option they are left out"
 
 
 def shown_images(dataset: DistilledDataset) -> list[ShownImage]:
@@ -260,6 +303,6 @@ def _make_folder(path: Path) -> None:
         raise OutputError(f"{path}: cannot make the folder ({error.strerror}); choose a writable --out") from error
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path, dataset_id: str) -> None:
     with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+        figure.savefig(file, format="png", dpi=150, metadata={OWNER: dataset_id})

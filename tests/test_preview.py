@@ -26,7 +26,7 @@ from builders.preview import (
     write_distance_histogram,
 )
 from nrrdd_format.dataset import open_dataset
-from nrrdd_format.errors import FormatError, OutputError
+from nrrdd_format.errors import ConfigError, FormatError, OutputError
 from nrrdd_format.manifest import MANIFEST_NAME, Manifest
 
 SIZE = 8
@@ -79,8 +79,8 @@ def test_a_contact_sheet_is_a_png_that_grows_by_bands_and_rows(tmp_path: Path, c
     names = [f"a class with a long name {k}" for k in range(count)]
     refined, mask = _images(count, 9), np.zeros((count, SIZE, SIZE), np.float32)
     path, full = tmp_path / "sheet.png", tmp_path / "full.png"
-    write_contact_sheet(path, initial=None, mask=None, refined=refined, class_names=names)
-    write_contact_sheet(full, initial=refined, mask=mask, refined=refined, class_names=names)
+    write_contact_sheet(path, initial=None, mask=None, refined=refined, class_names=names, dataset_id="a")
+    write_contact_sheet(full, initial=refined, mask=mask, refined=refined, class_names=names, dataset_id="a")
     assert _pixels(full)[1] > _pixels(path)[1]
     assert _pixels(full)[0] == _pixels(path)[0]
 
@@ -88,7 +88,7 @@ def test_a_contact_sheet_is_a_png_that_grows_by_bands_and_rows(tmp_path: Path, c
 @pytest.mark.parametrize("distances", [[0.0, 0.5, 16.0], [0.0, 0.0], [2.0]])
 def test_histograms_take_zero_and_equal_distances(tmp_path: Path, distances: list[float]) -> None:
     path = tmp_path / "histogram.png"
-    write_distance_histogram(path, np.array(distances, np.float32), np.array(distances, np.float32))
+    write_distance_histogram(path, np.array(distances, np.float32), np.array(distances, np.float32), dataset_id="a")
     assert min(_pixels(path)) > 100
 
 
@@ -122,14 +122,44 @@ def test_a_preview_is_drawn_anew_with_what_the_work_folder_still_holds(tmp_path:
     path = make_tiny_dataset(tmp_path / "data", size=SIZE)
     manifest = Manifest.load(path / MANIFEST_NAME)
     replace(manifest, method={"build_key": "abc"}).save(path / MANIFEST_NAME)
-    gone = redraw(path, tmp_path / "gone", work=tmp_path / "work")
-    kept = tmp_path / "work" / "writing-abc"
+    gone = redraw(path, tmp_path / "gone")
+    kept = tmp_path / "data.work" / "writing-abc"
     kept.mkdir(parents=True)
     np.save(kept / preview.SHOWN_INDICES, np.arange(3))
     np.save(kept / preview.SHOWN_INITIAL, _images(3, 7))
     np.save(kept / preview.SHOWN_MASK, np.zeros((3, SIZE, SIZE), np.float32))
-    full = redraw(path, tmp_path / "full", work=tmp_path / "work")
-    assert _pixels(full.contact_sheet)[1] > _pixels(gone.contact_sheet)[1]
+    for full in (redraw(path, tmp_path / "full"), redraw(path, tmp_path / "named", work=tmp_path / "data.work")):
+        assert _pixels(full.contact_sheet)[1] > _pixels(gone.contact_sheet)[1]
+
+
+@pytest.mark.parametrize(
+    ("made", "message"), [(False, "no such folder"), (True, "holds no initial images of this dataset's build")]
+)
+def test_a_named_work_folder_must_be_the_builds(tmp_path: Path, made: bool, message: str) -> None:
+    path, work = make_tiny_dataset(tmp_path / "data"), tmp_path / "elsewhere"
+    if made:
+        work.mkdir()
+    with pytest.raises(ConfigError, match=f"--work-dir: .*elsewhere: {message}"):
+        redraw(path, tmp_path / "out", work=work)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_of_the_same_dataset_only_are_drawn_over(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first, second = (make_tiny_dataset(tmp_path / str(seed), seed=seed) for seed in range(2))
+    written = redraw(first, out)
+    before = written.contact_sheet.read_bytes()
+    with pytest.raises(
+        OutputError, match=r"contact-sheet\.png: shows another dataset, of id \w+, expected \w+; move it"
+    ):
+        redraw(second, out)
+    assert written.contact_sheet.read_bytes() == before
+    redraw(first, out)
+    for content in (b"mine", b"\x89PNG\r\n\x1a\n"):
+        written.histogram.write_bytes(content)
+        with pytest.raises(OutputError, match=r"distances\.png: is no preview of a known dataset"):
+            redraw(first, out)
+        assert written.histogram.read_bytes() == content
 
 
 def test_distances_of_a_large_dataset_are_taken_from_its_first_epochs(
@@ -162,7 +192,8 @@ def test_shards_behind_the_last_shown_image_are_not_read(tmp_path: Path) -> None
 def test_names_are_drawn_as_they_are(tmp_path: Path, name: str) -> None:
     """None is taken for a formula, which would end a build after all its work."""
     path = tmp_path / "sheet.png"
-    write_contact_sheet(path, initial=None, mask=None, refined=_images(2, 9), class_names=[name, "b"])
+    names = [name, "b"]
+    write_contact_sheet(path, initial=None, mask=None, refined=_images(2, 9), class_names=names, dataset_id="a")
     assert min(_pixels(path)) > 0
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from builders.config import pair_teachers
 from builders.ensemble import JOINT, load_teachers
 from builders.image_sets import PLAIN, Columns, Place
+from builders.import_fkd import UNKNOWN_SHA256, UNKNOWN_TEACHER
 from builders.models import create_model
 from builders.progress import Progress
 from builders.sources import OPEN_SIZES, Source, load_source
@@ -45,6 +46,8 @@ IMAGENET_CLASSES = 1000
 
 BatchTerms = Callable[[Tensor, DBRBatch], dict[str, Tensor]]
 """From the student's logits (B, K) and the batch to scalars: `loss`, and what else is worth reporting."""
+
+_OWN_TEACHER = "name the dataset's own teacher with --teacher-checkpoint"
 
 LABELS_OF_OPTION: dict[str, tuple[Labels, ...]] = {
     **dict.fromkeys(("radius", "sce", "distance"), ("dbr",)),
@@ -272,6 +275,11 @@ def load_dataset_teacher(manifest: Manifest, checkpoint: Path | Sequence[Path] |
         TeacherError: there are no such weights, or they are not those named in the manifest.
     """
     files = [checkpoint] if isinstance(checkpoint, Path) else list(checkpoint or ())
+    if manifest.teacher.architecture == UNKNOWN_TEACHER:
+        raise TeacherError(
+            "the dataset's manifest does not say which network made its labels, so no checkpoint can be known as its "
+            "teacher; import its store anew with --teacher and --teacher-sha256"
+        )
     if not files and len(manifest.dataset.class_names) != IMAGENET_CLASSES:
         raise TeacherError("soft labels need the dataset's own teacher; name its checkpoint with --teacher-checkpoint")
     architectures = manifest.teacher.architecture.split(JOINT)
@@ -286,14 +294,21 @@ def load_dataset_teacher(manifest: Manifest, checkpoint: Path | Sequence[Path] |
         image_size=manifest.images.size,
         device=device,
         class_names=manifest.dataset.class_names,
+        remedy=_OWN_TEACHER,
     )
-    if teacher.sha256 != manifest.teacher.sha256:
-        named = ", ".join(map(str, files)) or teacher.architecture
-        raise TeacherError(
-            f"teacher {named}: weights have SHA-256 {teacher.sha256}, expected "
-            f"{manifest.teacher.sha256} as in the manifest; name the dataset's own teacher with --teacher-checkpoint"
-        )
+    _check_weights(teacher, manifest.teacher.sha256, ", ".join(map(str, files)) or teacher.architecture)
     return teacher
+
+
+def _check_weights(teacher: Teacher, expected: str, named: str) -> None:
+    found = f"teacher {named}: weights have SHA-256 {teacher.sha256}"
+    if expected == UNKNOWN_SHA256:
+        raise TeacherError(
+            f"{found}, but the dataset's manifest does not state those of its teacher; if these made its labels, "
+            "import its store anew with --teacher-sha256"
+        )
+    if teacher.sha256 != expected:
+        raise TeacherError(f"{found}, expected {expected} as in the manifest; {_OWN_TEACHER}")
 
 
 def _soft_terms(teacher: Teacher, config: StudentConfig) -> BatchTerms:

@@ -42,6 +42,7 @@ def load_teachers(
     image_size: int,
     device: torch.device | str,
     class_names: Sequence[str],
+    remedy: str | None = None,
 ) -> Teacher:
     """Loads a teacher, or an ensemble of several; for the arguments see `load_teacher`.
 
@@ -59,6 +60,7 @@ def load_teachers(
             image_size=image_size,
             device=device,
             class_names=class_names,
+            remedy=remedy,
         )
         for choice in choices
     ]

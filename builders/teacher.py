@@ -233,6 +233,7 @@ def load_teacher(
     image_size: int,
     device: torch.device | str,
     class_names: Sequence[str],
+    remedy: str | None = None,
 ) -> Teacher:
     """Loads a teacher, in eval mode and without gradients, channels last, on `device`.
 
@@ -244,6 +245,7 @@ def load_teacher(
         image_size: side of the images in pixels.
         device: where the teacher will run.
         class_names: the source's classes in order. A checkpoint with other names, or another order, is refused.
+        remedy: what to do about a checkpoint that does not fit; None: change the options of a build.
 
     Raises:
         TeacherError: the checkpoint cannot be read or does not fit, or pretrained weights cannot be downloaded.
@@ -255,10 +257,11 @@ def load_teacher(
         model = create_model(architecture, num_classes, image_size, pretrained=True)
     else:
         content = load_weights_only(checkpoint, _SAVE_PLAIN)
-        architecture = _named_architecture(content, architecture, checkpoint)
-        _check_class_names(content, class_names, checkpoint)
+        architecture = _named_architecture(content, architecture, checkpoint, remedy)
+        _check_class_names(content, class_names, checkpoint, remedy)
         model = create_model(architecture, num_classes, image_size)
-        _load_weights(model, content, architecture, checkpoint)
+        wanted = f"{architecture} for {num_classes} classes and images of {image_size} px"
+        _load_weights(model, content, wanted, checkpoint, remedy)
         stated = _named_normalisation(content, checkpoint)
     model = model.eval().requires_grad_(False)
     return Teacher(
@@ -298,7 +301,7 @@ def _default_architecture(num_classes: int) -> str:
     )
 
 
-def _named_architecture(content: Mapping[str, Any], wanted: str | None, path: Path) -> str:
+def _named_architecture(content: Mapping[str, Any], wanted: str | None, path: Path, remedy: str | None) -> str:
     """The architecture that the checkpoint or the user names; both must agree."""
     named = content.get("architecture")
     if not isinstance(named, str):
@@ -306,28 +309,29 @@ def _named_architecture(content: Mapping[str, Any], wanted: str | None, path: Pa
             raise TeacherError(f"{path}: does not name its architecture; say it with --teacher")
         return wanted
     if wanted not in (None, named):
-        raise TeacherError(f"{path}: holds a {named}, expected {wanted}; leave out --teacher or give its checkpoint")
+        remedy = remedy or "leave out --teacher or give its checkpoint"
+        raise TeacherError(f"{path}: holds a {named}, expected {wanted}; {remedy}")
     return named
 
 
-def _check_class_names(content: Mapping[str, Any], expected: Sequence[str], path: Path) -> None:
+def _check_class_names(content: Mapping[str, Any], expected: Sequence[str], path: Path, remedy: str | None) -> None:
     found = content.get("class_names")
     if found is None:  # a plain state dict; the preflight must do
         return
     if not isinstance(found, list) or len(found) != len(expected):
         count = len(found) if isinstance(found, list) else "unreadable"
         raise TeacherError(
-            f"{path}: teacher of {count} classes, expected the source's {len(expected)}; train one on this source"
+            f"{path}: teacher of {count} classes, expected {len(expected)}; {remedy or 'train one on this source'}"
         )
     for number, (theirs, ours) in enumerate(zip(found, expected, strict=True)):
         if theirs != ours:
             raise TeacherError(
-                f"{path}: class {number} of the teacher is {theirs!r}, expected {ours!r} as in the source; "
-                "train a teacher on this source, or bring its classes into the same order"
+                f"{path}: class {number} of the teacher is {theirs!r}, expected {ours!r}; "
+                f"{remedy or 'train a teacher on this source, or bring its classes into the same order'}"
             )
 
 
-def _load_weights(model: nn.Module, content: dict[str, Any], architecture: str, path: Path) -> None:
+def _load_weights(model: nn.Module, content: dict[str, Any], wanted: str, path: Path, remedy: str | None) -> None:
     """Loads a checkpoint's weights into `model`, after checking that names, shapes and values are sound."""
     weights = content.get("state_dict", content)
     if not isinstance(weights, dict) or not all(
@@ -340,7 +344,8 @@ def _load_weights(model: nn.Module, content: dict[str, Any], architecture: str, 
         del weights[name]
     fault = _first_fault(weights, expected)
     if fault:
-        raise TeacherError(f"{path}: no {architecture} for these classes and images: {fault}; check --teacher")
+        remedy = remedy or "give one trained for these, or check --teacher and (where the source takes it) --size"
+        raise TeacherError(f"{path}: not the weights of a {wanted}: {fault}; {remedy}")
     model.load_state_dict(weights)
 
 

@@ -21,6 +21,7 @@ from make_dataset import make_tiny_dataset
 
 from benchmarks import cli
 from builders.card import CARD_NAME, dataset_card, write_card
+from builders.import_fkd import UNKNOWN_SHA256, UNKNOWN_TEACHER
 from builders.models import create_model
 from builders.teacher import load_teacher, save_checkpoint
 from nrrdd_format.manifest import MANIFEST_NAME, Manifest
@@ -191,6 +192,53 @@ def test_verify_refuses_another_teacher(labelled: Path, capsys: pytest.CaptureFi
     assert "SHA-256" in error(capsys)
     assert run("verify", labelled / "data", "--teacher-checkpoint", labelled / "none.pt", "--device", "cpu") == 2
     assert "none.pt" in error(capsys)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "classes", "size", "message"),
+    [
+        ("conv2-w8", CLASSES, 32, "not the weights of a conv2-w8 for 3 classes and images of 16 px"),
+        ("conv1-w8", CLASSES, 16, "holds a conv1-w8, expected conv2-w8"),
+        ("conv2-w8", CLASSES[:2], 16, "teacher of 2 classes, expected 3"),
+        ("conv2-w8", CLASSES[::-1], 16, "class 0 of the teacher is 'class 2', expected 'class 0'"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused_in_the_verbs_own_terms(
+    labelled: Path,
+    tmp_path: Path,
+    architecture: str,
+    classes: tuple[str, ...],
+    size: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Neither `--teacher` nor `--size` is an option of `verify`, and nothing is trained here."""
+    path = tmp_path / "misfit.pt"
+    save_checkpoint(path, create_model(architecture, len(classes), size), architecture, classes)
+    assert run("verify", labelled / "data", "--teacher-checkpoint", path, "--device", "cpu") == 2
+    line = error(capsys)
+    assert message in line and line.endswith("name the dataset's own teacher with --teacher-checkpoint\n")
+    assert not any(word in line for word in ("--teacher ", "--size", "source", "train"))
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ({"architecture": UNKNOWN_TEACHER, "sha256": UNKNOWN_SHA256}, "does not say which network made its labels"),
+        ({"sha256": UNKNOWN_SHA256}, "does not state those of its teacher; if these made its labels"),
+    ],
+)
+def test_a_teacher_that_an_import_did_not_state_cannot_be_compared(
+    labelled: Path, tmp_path: Path, stated: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(labelled / "data", tmp_path / "data")
+    manifest = Manifest.load(data / MANIFEST_NAME)
+    replace(manifest, teacher=replace(manifest.teacher, **stated)).save(data / MANIFEST_NAME)
+    command = ("--teacher-checkpoint", labelled / "teacher.pt", "--device", "cpu")
+    for verb in (("verify", data), ("export", data, "--layout", "fkd", "--to", tmp_path / "out")):
+        assert run(*verb, *command) == 2
+        line = error(capsys)
+        assert message in line and "--teacher-sha256" in line
 
 
 def test_distances_of_a_damaged_dataset_are_not_computed(

@@ -193,12 +193,13 @@ def test_another_class_order_is_refused(checkpoint: Path) -> None:
 
 
 def test_another_number_of_classes_is_refused(checkpoint: Path) -> None:
-    with pytest.raises(TeacherError, match="teacher of 3 classes, expected the source's 4"):
+    with pytest.raises(TeacherError, match="teacher of 3 classes, expected 4; train one on this source"):
         load(checkpoint, num_classes=4, class_names=[*NAMES, "black"])
 
 
 def test_another_image_size_is_refused(checkpoint: Path) -> None:
-    with pytest.raises(TeacherError, match=r"classifier.weight has shape \[3, 16\], expected \[3, 64\]"):
+    shapes = r"classifier.weight has shape \[3, 16\], expected \[3, 64\]"
+    with pytest.raises(TeacherError, match=f"a conv2-w4 for 3 classes and images of 16 px: {shapes}; .*--size"):
         load(checkpoint, image_size=16)
 
 
@@ -225,7 +226,7 @@ def test_weights_that_are_not_finite_are_refused(checkpoint: Path, value: float)
 
 @pytest.mark.parametrize("weights", [None, {}, {"classifier.weight": 3}, ["classifier.weight"], {0: torch.ones(1)}])
 def test_content_that_is_no_state_dict_is_refused(checkpoint: Path, weights: object) -> None:
-    with pytest.raises(TeacherError, match=r"teacher\.pt: (holds no state dict|no conv2-w4)"):
+    with pytest.raises(TeacherError, match=r"teacher\.pt: (holds no state dict|not the weights of a conv2-w4)"):
         load(rewritten(checkpoint, state_dict=weights))
 
 

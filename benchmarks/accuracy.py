@@ -18,7 +18,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.command import add_device, add_source, pick_device, run
+from benchmarks.command import add_device, add_source, pick_device, run, whole
 from benchmarks.grid import (
     IMAGES,
     LABELS,
@@ -83,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_grid(parser)
     parser.add_argument("--teacher", metavar="ARCH", help="the network to train as teacher (the dataset's default)")
-    parser.add_argument("--teacher-epochs", type=int, metavar="N", help="of its training (preset's)")
+    parser.add_argument("--teacher-epochs", type=whole(1), metavar="N", help="of its training (preset's)")
     parser.add_argument("--teacher-checkpoint", type=Path, metavar="FILE", help="a trained teacher (OUT/teacher.pt)")
     return parser
 
@@ -96,12 +96,14 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", metavar="NAME", help="of the report's files (the dataset's)")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="quick", help="quick (default) or full")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], metavar="N", help="a build and students for each (0)"
+        "--seeds", type=whole(0), nargs="+", default=[0], metavar="N", help="a build and students for each (0)"
     )
-    parser.add_argument("--ipc", type=int, nargs="+", metavar="N", help="images per class (preset's)")
-    parser.add_argument("--epochs", type=int, metavar="N", help="of training (preset's)")
-    parser.add_argument("--stored-epochs", type=int, metavar="N", help="in a dataset; fewer are repeated (--epochs)")
-    parser.add_argument("--iterations", type=int, metavar="N", help="of refinement (preset's)")
+    parser.add_argument("--ipc", type=whole(1), nargs="+", metavar="N", help="images per class (preset's)")
+    parser.add_argument("--epochs", type=whole(1), metavar="N", help="of training (preset's)")
+    parser.add_argument(
+        "--stored-epochs", type=whole(1), metavar="N", help="in a dataset; fewer are repeated (--epochs)"
+    )
+    parser.add_argument("--iterations", type=whole(0), metavar="N", help="of refinement (preset's)")
     parser.add_argument(
         "--images",
         nargs="+",
@@ -121,7 +123,7 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--student", metavar="ARCH", help="the students' network (the dataset's default)")
     parser.add_argument(
         "--processes",
-        type=int,
+        type=whole(1),
         default=1,
         metavar="N",
         help="datasets at a time, which take turns on a GPU (1)",
@@ -145,8 +147,6 @@ def measure_accuracy(options: argparse.Namespace) -> int:
 
 def run_or_collect(grid: Grid, source: Source, options: argparse.Namespace) -> Table:
     """The grid's results: of all its cells, or with --collect of those that are there."""
-    if options.processes < 1:
-        raise ConfigError(f"--processes: found {options.processes}, expected 1 or more")
     if options.collect:
         require_teacher(grid.teacher_checkpoint)
         return read_cells(grid, grid.cells(), Origin.of(source))

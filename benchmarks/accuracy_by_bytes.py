@@ -20,7 +20,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.command import add_device, pick_device, run
+from benchmarks.command import add_device, pick_device, run, whole
 from benchmarks.completion import complete
 from benchmarks.footprint import epoch_pairs, fkd_bytes_per_pair, in_full_batches
 from benchmarks.logit_codes import FIT_PAIRS, CodedBatches, LogitCode, LowRank, ProductCode, coded_bytes, predictions
@@ -138,11 +138,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--test-dir", type=Path, metavar="DIR", help="held-out images")
     parser.add_argument("--teacher-checkpoint", type=Path, metavar="FILE", help="the datasets' teacher")
     parser.add_argument("--student", metavar="ARCH", help="the students' network (the dataset's default)")
-    parser.add_argument("--epochs", type=int, default=300, metavar="N", help="of every student (300)")
-    parser.add_argument("--priors", type=int, default=9, metavar="K", help="classes in an image's prior (9)")
-    parser.add_argument("--further", type=int, nargs="+", default=[0, 1, 2, 3, 5, 8], metavar="X", help="0 1 2 3 5 8")
-    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4, 8], metavar="R", help="low-rank codes (2 4 8)")
-    parser.add_argument("--parts", type=int, nargs="*", default=[2, 4], metavar="M", help="product codes (2 4)")
+    parser.add_argument("--epochs", type=whole(1), default=300, metavar="N", help="of every student (300)")
+    parser.add_argument("--priors", type=whole(1), default=9, metavar="K", help="classes in an image's prior (9)")
+    parser.add_argument(
+        "--further", type=whole(0), nargs="+", default=[0, 1, 2, 3, 5, 8], metavar="X", help="0 1 2 3 5 8"
+    )
+    parser.add_argument(
+        "--ranks", type=whole(1), nargs="*", default=[2, 4, 8], metavar="R", help="low-rank codes (2 4 8)"
+    )
+    parser.add_argument("--parts", type=whole(1), nargs="*", default=[2, 4], metavar="M", help="product codes (2 4)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="keeps datasets and finished students")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"for the report ({RESULTS})")
     parser.add_argument("--name", metavar="NAME", help="of the report's files (the dataset's)")

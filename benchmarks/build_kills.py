@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.build_ranks import BuildRanks
-from benchmarks.command import run
+from benchmarks.command import run, whole
 from benchmarks.results_io import markdown_table, provenance, provenance_text, write_json, write_text
 from builders.models import create_model
 from builders.progress import Progress
@@ -104,9 +104,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m {MODULE}", description="Kill builds at random moments, and compare what they end with."
     )
-    parser.add_argument("--kills", type=int, default=100, metavar="N", help="builds to kill (100)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every random draw (0)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 5], metavar="R", help="ranks (1 2 3 5)")
+    parser.add_argument("--kills", type=whole(1), default=100, metavar="N", help="builds to kill (100)")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of every random draw (0)")
+    parser.add_argument("--ranks", type=whole(1), nargs="+", default=[1, 2, 3, 5], metavar="R", help="ranks (1 2 3 5)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write <date>-build-kills.{json,md} into this folder")
     return parser
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.command import add_device, pick_device, run
+from benchmarks.command import add_device, pick_device, run, whole
 from benchmarks.loader_data import MEAN, STD, picture
 from benchmarks.plain_recover import recover
 from benchmarks.results_io import markdown_table, provenance, provenance_text, write_json, write_text
@@ -156,16 +156,20 @@ def make_parser() -> argparse.ArgumentParser:
     """The command's parser."""
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description="Time the builder's stages.")
     add_teacher(parser)
-    parser.add_argument("--batch-size", type=int, default=20, metavar="B", help="images refined together (20)")
-    parser.add_argument("--iterations", type=int, default=3, metavar="N", help="steps timed in a repeat (3)")
-    parser.add_argument("--source-images", type=int, default=500, metavar="N", help="JPEGs of discovery (500)")
+    parser.add_argument("--batch-size", type=whole(2), default=20, metavar="B", help="images refined together (20)")
+    parser.add_argument("--iterations", type=whole(1), default=3, metavar="N", help="steps timed in a repeat (3)")
+    parser.add_argument(
+        "--source-images", type=whole(SOURCE_CLASSES), default=500, metavar="N", help="JPEGs of discovery (500)"
+    )
     parser.add_argument(
         "--compile", nargs="*", choices=PRECISIONS, metavar="P", help="compiled refinement, too, in fp32, bf16 or both"
     )
-    parser.add_argument("--pairs", type=int, metavar="N", help="labelled in a repeat (the batch's number of images)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="R", help="of every case (5)")
     parser.add_argument(
-        "--threads", type=int, default=usable_cores(), metavar="N", help="torch's and reading (all cores)"
+        "--pairs", type=whole(1), metavar="N", help="labelled in a repeat (the batch's number of images)"
+    )
+    parser.add_argument("--repeats", type=whole(1), default=5, metavar="R", help="of every case (5)")
+    parser.add_argument(
+        "--threads", type=whole(1), default=usable_cores(), metavar="N", help="torch's and reading (all cores)"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write <date>-builder-throughput-….{json,md} here")
     add_device(parser)
@@ -178,16 +182,18 @@ def add_teacher(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher-checkpoint", type=Path, metavar="FILE", help="a trained one by nrrdd teacher instead"
     )
-    parser.add_argument("--classes", type=int, default=1000, metavar="C", help="of the untrained teacher (1000)")
-    parser.add_argument("--size", type=int, default=64, metavar="PX", help="side of the images (64)")
+    parser.add_argument(
+        "--classes",
+        type=whole(SOURCE_CLASSES),
+        default=1000,
+        metavar="C",
+        help="of the untrained teacher (1000)",
+    )
+    parser.add_argument("--size", type=whole(8), default=64, metavar="PX", help="side of the images (64)")
 
 
 def report(options: argparse.Namespace) -> int:
     """Measures, prints the tables and writes what was asked for; returns the exit status."""
-    for name, least in (("batch_size", 2), ("iterations", 1), ("repeats", 1), ("source_images", SOURCE_CLASSES)):
-        if getattr(options, name) < least:
-            option = name.replace("_", "-")
-            raise ConfigError(f"--{option}: found {getattr(options, name)}, expected {least} or more")
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(prefix="nrrdd-builder-") as folder:
         bench, architecture = make_bench(options, Path(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -53,6 +54,36 @@ def add_columns(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help="webdataset: keeps shards of URLs ($XDG_CACHE_HOME/nrrdd)"
     )
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of an option that takes whole numbers from `least` on; argparse tells others with the option's name."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number, {least} or more")
+        return value
+
+    return parse
+
+
+def number(least: float) -> Callable[[str], float]:
+    """The same for numbers with a fraction, which must be finite."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected a number, {least:g} or more")
+        return value
+
+    return parse
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.command import add_device, add_source, pick_device, run
+from benchmarks.command import add_device, add_source, pick_device, run, whole
 from benchmarks.grid import (
     IMAGES,
     LABELS,
@@ -148,12 +148,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--images", choices=tuple(IMAGES), default="nrr+lr", metavar="KIND", help="that choices vary (nrr+lr)"
     )
     parser.add_argument("--labels", choices=tuple(LABELS), default="dbr", metavar="KIND", help="of the students (dbr)")
-    parser.add_argument("--ipc", type=int, default=10, metavar="N", help="images per class (10)")
-    parser.add_argument("--epochs", type=int, default=300, metavar="N", help="of training (300)")
-    parser.add_argument("--stored-epochs", type=int, metavar="N", help="in a dataset; fewer are repeated (--epochs)")
-    parser.add_argument("--iterations", type=int, default=500, metavar="N", help="of refinement (500)")
+    parser.add_argument("--ipc", type=whole(1), default=10, metavar="N", help="images per class (10)")
+    parser.add_argument("--epochs", type=whole(1), default=300, metavar="N", help="of training (300)")
+    parser.add_argument(
+        "--stored-epochs", type=whole(1), metavar="N", help="in a dataset; fewer are repeated (--epochs)"
+    )
+    parser.add_argument("--iterations", type=whole(0), default=500, metavar="N", help="of refinement (500)")
     parser.add_argument("--student", metavar="ARCH", help="the students' network (the dataset's default)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(0 1 2)")
+    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], metavar="N", help="(0 1 2)")
     parser.add_argument("--collect", action="store_true", help="run nothing: report on the cells that OUT holds")
     add_device(parser)
     return parser

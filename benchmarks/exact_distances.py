@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.command import add_device, pick_device, run
+from benchmarks.command import add_device, pick_device, run, whole
 from benchmarks.results_io import make_folder, provenance, write_json
 from benchmarks.student import load_dataset_teacher
 from builders.progress import Progress
@@ -94,9 +94,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("dataset", type=Path, metavar="DATASET", help="a built dataset of one shard")
     parser.add_argument("--teacher-checkpoint", type=Path, required=True, metavar="FILE", help="the dataset's teacher")
-    parser.add_argument("--epochs", type=int, default=30, metavar="N", help="stored epochs to take pairs from (30)")
-    parser.add_argument("--pairs", type=int, default=30_000, metavar="N", help="pairs to keep (30000)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice among them (0)")
+    parser.add_argument(
+        "--epochs", type=whole(1), default=30, metavar="N", help="stored epochs to take pairs from (30)"
+    )
+    parser.add_argument("--pairs", type=whole(1), default=30_000, metavar="N", help="pairs to keep (30000)")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the choice among them (0)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .npy file; a .json goes beside it")
     add_device(parser)
     return parser

@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.fkd_store import BATCH, FkdStore, Form
 from nrrdd_format import tar
 from nrrdd_format.dataset import DistilledDataset, open_dataset
-from nrrdd_format.errors import ConfigError
+from nrrdd_format.errors import ConfigError, FormatError
 from nrrdd_format.manifest import MANIFEST_NAME
 from nrrdd_format.pairs import Coding, PairRecords, RecordLayout
 from nrrdd_format.records import encode_block, encode_shard_records
@@ -74,7 +74,7 @@ class Footprint:
 
 
 def measure(dataset: DistilledDataset) -> Footprint:
-    """Measures the files of a dataset."""
+    """Measures the files of a dataset. Raises FormatError where one is damaged."""
     manifest = dataset.manifest
     shards = [_measure_shard(dataset.path / entry.name) for entry in manifest.shards]
     return Footprint(
@@ -99,8 +99,11 @@ class _ShardSizes:
 
 
 def _measure_shard(path: Path) -> _ShardSizes:
-    with tarfile.open(path) as archive:
-        members = archive.getmembers()
+    try:
+        with tarfile.open(path) as archive:
+            members = archive.getmembers()
+    except (OSError, tarfile.TarError) as error:
+        raise FormatError("cannot be read as a tar file; nrrdd verify says what is wrong with it", path=path) from error
     images = [member for member in members if member.name not in (HEADER_NAME, RECORDS_NAME)]
     records = sum(_on_disk(member) for member in members if member.name == RECORDS_NAME)
     image_members = sum(_on_disk(member) for member in images)

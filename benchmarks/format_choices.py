@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.command import add_device, add_source, pick_device, run
+from benchmarks.command import add_device, add_source, pick_device, run, whole
 from benchmarks.exact_distances import Distances, exact_distances
 from benchmarks.footprint import measure
 from benchmarks.grid import KEY_DIGITS, PLACES
@@ -141,14 +141,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these, the first to compare with (all)")
     add_source(parser, default="cifar10")
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help="only these classes (names or WNIDs)")
-    parser.add_argument("--size", type=int, metavar="PX", help="side of the images; imagefolder only")
+    parser.add_argument("--size", type=whole(8), metavar="PX", help="side of the images; imagefolder only")
     parser.add_argument("--teacher-checkpoint", type=Path, required=True, metavar="FILE", help="a trained teacher")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="keeps datasets and results")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"for the report ({RESULTS})")
-    parser.add_argument("--ipc", type=int, default=10, metavar="N", help="images per class (10)")
-    parser.add_argument("--epochs", type=int, default=300, metavar="N", help="stored and trained (300)")
+    parser.add_argument("--ipc", type=whole(1), default=10, metavar="N", help="images per class (10)")
+    parser.add_argument("--epochs", type=whole(1), default=300, metavar="N", help="stored and trained (300)")
     parser.add_argument("--student", metavar="ARCH", help="the students' network (the dataset's default)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(0 1 2)")
+    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], metavar="N", help="(0 1 2)")
     add_device(parser)
     return parser
 

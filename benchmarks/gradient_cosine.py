@@ -27,13 +27,12 @@ from benchmarks.builder_throughput import (
     refinement_settings,
     some_labels,
 )
-from benchmarks.command import add_device, run
+from benchmarks.command import add_device, run, whole
 from benchmarks.results_io import markdown_table, provenance, provenance_text, write_json, write_text
 from builders.cores import usable_cores
 from builders.discovery import Eyes
 from builders.label_refinement import MixDraws
 from builders.passes import Passes
-from nrrdd_format.errors import ConfigError
 
 MODULE = "benchmarks.gradient_cosine"
 
@@ -92,8 +91,10 @@ def make_parser() -> argparse.ArgumentParser:
     """The command's parser."""
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description="Compare gradients with those in float32.")
     add_teacher(parser)
-    parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="images refined together (16)")
-    parser.add_argument("--threads", type=int, default=usable_cores(), metavar="N", help="torch's threads (all cores)")
+    parser.add_argument("--batch-size", type=whole(2), default=16, metavar="B", help="images refined together (16)")
+    parser.add_argument(
+        "--threads", type=whole(1), default=usable_cores(), metavar="N", help="torch's threads (all cores)"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write <date>-gradient-cosine-….{json,md} here")
     add_device(parser)
     return parser
@@ -101,8 +102,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 def report(options: argparse.Namespace) -> int:
     """Measures, prints the table and writes what was asked for; returns the exit status."""
-    if options.batch_size < 2:
-        raise ConfigError(f"--batch-size: found {options.batch_size}, expected 2 or more")
     torch.set_num_threads(options.threads)
     eyes, architecture = make_eyes(options)
     rows, differing = compare(eyes, options.size, options.batch_size)

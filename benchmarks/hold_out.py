@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.command import run
+from benchmarks.command import run, whole
 from benchmarks.results_io import make_folder
 from builders.folders import class_folders, image_names
 from nrrdd_format import draws
@@ -39,8 +39,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data-dir", type=Path, required=True, metavar="DIR", help="a folder with 'train' inside")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
-    parser.add_argument("--per-class", type=int, default=500, metavar="N", help="images of a class to hold out (500)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice (0)")
+    parser.add_argument(
+        "--per-class", type=whole(1), default=500, metavar="N", help="images of a class to hold out (500)"
+    )
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the choice (0)")
     return parser
 
 

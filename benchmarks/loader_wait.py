@@ -18,7 +18,7 @@ from statistics import median
 import torch
 from torch import nn
 
-from benchmarks.command import add_device, pick_device, run
+from benchmarks.command import add_device, pick_device, run, whole
 from benchmarks.loader_data import CLASSES, Data, write_data
 from benchmarks.results_io import markdown_table, provenance, provenance_text, write_json, write_text
 from builders.cores import usable_cores
@@ -56,17 +56,17 @@ def make_parser() -> argparse.ArgumentParser:
         prog=f"python -m {MODULE}", description="Measure how long training waits for data."
     )
     parser.add_argument("--network", default="resnet18", metavar="ARCH", help="that is trained (resnet18)")
-    parser.add_argument("--resolution", type=int, default=224, metavar="S", help="side in pixels (224)")
-    parser.add_argument("--images", type=int, default=2000, metavar="N", help="images in the dataset (2000)")
-    parser.add_argument("--batch-size", type=int, default=100, metavar="B", help="pairs in a batch (100)")
+    parser.add_argument("--resolution", type=whole(8), default=224, metavar="S", help="side in pixels (224)")
+    parser.add_argument("--images", type=whole(8), default=2000, metavar="N", help="images in the dataset (2000)")
+    parser.add_argument("--batch-size", type=whole(1), default=100, metavar="B", help="pairs in a batch (100)")
     parser.add_argument(
-        "--workers", type=int, default=usable_cores(), metavar="W", help="processes that load (one a core)"
+        "--workers", type=whole(0), default=usable_cores(), metavar="W", help="processes that load (one a core)"
     )
     parser.add_argument(
-        "--cache-bytes", type=int, default=2**28, metavar="N", help="of decoded images, each worker (2^28)"
+        "--cache-bytes", type=whole(0), default=2**28, metavar="N", help="of decoded images, each worker (2^28)"
     )
-    parser.add_argument("--steps", type=int, default=100, metavar="N", help="of each kind in a repeat (100)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="R", help="(5)")
+    parser.add_argument("--steps", type=whole(1), default=100, metavar="N", help="of each kind in a repeat (100)")
+    parser.add_argument("--repeats", type=whole(1), default=5, metavar="R", help="(5)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help=f"for the dated report ({RESULTS})")
     add_device(parser)
     return parser

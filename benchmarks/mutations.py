@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import mutate_files, mutate_frames, mutate_manifest, mutate_members
-from benchmarks.command import run
+from benchmarks.command import run, whole
 from benchmarks.mutants import Mutant
 from benchmarks.mutation_check import MAX_MEMORY, MAX_SECONDS, Bench, Verdict, limit_memory, peak_memory
 from benchmarks.mutation_parts import Draw, make_bases
@@ -191,10 +191,10 @@ def make_parser() -> argparse.ArgumentParser:
         f"  python -m {MODULE} --only 4711    what case 4711 does, and what comes of it",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--count", type=_positive, default=50_000, metavar="N", help="mutations to draw (50000)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every random draw (0)")
-    parser.add_argument("--step", type=_positive, default=1, metavar="N", help="change each N-th byte of a shard (1)")
-    parser.add_argument("--workers", type=_positive, default=usable_cores(), metavar="N", help="processes (one a core)")
+    parser.add_argument("--count", type=whole(1), default=50_000, metavar="N", help="mutations to draw (50000)")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of every random draw (0)")
+    parser.add_argument("--step", type=whole(1), default=1, metavar="N", help="change each N-th byte of a shard (1)")
+    parser.add_argument("--workers", type=whole(1), default=usable_cores(), metavar="N", help="processes (one a core)")
     parser.add_argument("--only", type=_case_name, metavar="CASE", help="repeat this case and say what comes of it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and failures to this file")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write <date>-mutations.{json,md} into this folder")
@@ -324,12 +324,6 @@ def as_json(tally: Tally, seconds: float, workers: int) -> dict[str, Any]:
         "outcomes": {kind: {outcome: tally.outcomes[kind, outcome] for outcome in _COLUMNS} for kind in kinds},
         "failed_cases": [asdict(failure) for failure in tally.failures],
     }
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a positive integer")
-    return int(text)
 
 
 def _case_name(text: str) -> str:

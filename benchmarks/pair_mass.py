@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.command import add_device, add_source, pick_device, run
+from benchmarks.command import add_device, add_source, number, pick_device, run, whole
 from benchmarks.grid import IMAGES, Cell, Changes, Grid, Origin, built_dataset, labelled_dataset, require_teacher
 from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
 from benchmarks.spread import spread
@@ -95,11 +95,15 @@ def make_parser() -> argparse.ArgumentParser:
         default=["random-real", "rded", "nrr", "nrr+lr"],
         help=f"of {', '.join(IMAGES)} (random-real rded nrr nrr+lr)",
     )
-    parser.add_argument("--ipc", type=int, default=1, metavar="N", help="images per class (1)")
-    parser.add_argument("--iterations", type=int, nargs="+", default=[500], metavar="N", help="of refinement (500)")
-    parser.add_argument("--alpha-lr", type=float, nargs="+", default=[1.0], metavar="W", help="label refinement's (1)")
-    parser.add_argument("--stored-epochs", type=int, default=16, metavar="N", help="to measure on (16)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(0 1 2)")
+    parser.add_argument("--ipc", type=whole(1), default=1, metavar="N", help="images per class (1)")
+    parser.add_argument(
+        "--iterations", type=whole(0), nargs="+", default=[500], metavar="N", help="of refinement (500)"
+    )
+    parser.add_argument(
+        "--alpha-lr", type=number(0), nargs="+", default=[1.0], metavar="W", help="label refinement's (1)"
+    )
+    parser.add_argument("--stored-epochs", type=whole(1), default=16, metavar="N", help="to measure on (16)")
+    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], metavar="N", help="(0 1 2)")
     add_device(parser)
     return parser
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.build_watch import StageCost, watch_build
-from benchmarks.command import add_device, pick_device, run
+from benchmarks.command import add_device, pick_device, run, whole
 from benchmarks.loader_data import picture
 from benchmarks.results_io import (
     make_folder,
@@ -80,16 +80,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The command's parser."""
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description="Measure a build with very many classes.")
-    parser.add_argument("--classes", type=int, default=1000, metavar="C", help="classes (1000)")
-    parser.add_argument("--per-class", type=int, default=4, metavar="N", help="training images of each class (4)")
-    parser.add_argument("--size", type=int, default=224, metavar="PX", help="side of the images (224)")
-    parser.add_argument("--ipc", type=int, default=1, metavar="N", help="distilled images per class (1)")
-    parser.add_argument("--iterations", type=int, default=10, metavar="N", help="refinement steps a batch (10)")
-    parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="images refined together (100)")
-    parser.add_argument("--epochs", type=int, default=3, metavar="N", help="stored epochs (3)")
+    parser.add_argument("--classes", type=whole(2), default=1000, metavar="C", help="classes (1000)")
+    parser.add_argument("--per-class", type=whole(1), default=4, metavar="N", help="training images of each class (4)")
+    parser.add_argument("--size", type=whole(8), default=224, metavar="PX", help="side of the images (224)")
+    parser.add_argument("--ipc", type=whole(1), default=1, metavar="N", help="distilled images per class (1)")
+    parser.add_argument("--iterations", type=whole(0), default=10, metavar="N", help="refinement steps a batch (10)")
+    parser.add_argument("--batch-size", type=whole(2), default=100, metavar="N", help="images refined together (100)")
+    parser.add_argument("--epochs", type=whole(1), default=3, metavar="N", help="stored epochs (3)")
     parser.add_argument("--architecture", default="resnet18", metavar="ARCH", help="the untrained teacher (resnet18)")
-    parser.add_argument("--threads", type=int, default=usable_cores(), metavar="N", help="torch's threads (all cores)")
-    parser.add_argument("--ranks", type=int, default=1, metavar="R", help="processes that share the work (1)")
+    parser.add_argument(
+        "--threads", type=whole(1), default=usable_cores(), metavar="N", help="torch's threads (all cores)"
+    )
+    parser.add_argument("--ranks", type=whole(1), default=1, metavar="R", help="processes that share the work (1)")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="holds images and build; default: a temporary one")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write <date>-wide-build.{json,md} into this folder")
     add_device(parser)

@@ -169,7 +169,6 @@ def test_the_command_trains_every_kind_once_and_reports_it(
     ("options", "message"),
     [
         ("--ranks 2 7", "--ranks: found 7, expected 1 to 6 for 6 classes"),
-        ("--ranks 0", "--ranks: found 0"),
         ("--parts 12", "--parts: found 12, expected 1 to 6"),
         ("--further 0 5", "--further: found 5, expected 0 to 4"),
         ("--priors 6", "--priors: found 6, expected 1 to 5"),

@@ -52,6 +52,18 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> DistilledDataset:
     return open_dataset(make_tiny_dataset(tmp_path_factory.mktemp("footprint") / "data"))
 
 
+@pytest.mark.parametrize("length", [0, 100, 5000, 9000])
+def test_a_shard_that_is_cut_off_ends_with_one_line(
+    length: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_tiny_dataset(tmp_path / "data")
+    shard = path / "shard-00001.tar"
+    shard.write_bytes(shard.read_bytes()[:length])
+    assert storage_footprint.main([str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {shard}: ") and error.count("\n") == 1
+
+
 def test_every_byte_of_a_dataset_is_counted_once(dataset: DistilledDataset) -> None:
     footprint = measure(dataset)
     assert (footprint.images, footprint.pairs) == (IMAGES, IMAGES * EPOCHS)

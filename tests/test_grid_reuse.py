@@ -189,8 +189,6 @@ def test_students_are_trained_in_several_processes(tmp_path: Path, capsys: pytes
         "--ipc 1 --epochs 2 --iterations 1 --images nrr random-real --student conv2-w8 --teacher conv2-w8 "
         "--teacher-epochs 12 --device cpu --labels one-hot dbr"
     ).split()
-    assert accuracy.main([*command, "--processes", "0"]) == 2
-    assert "--processes: found 0, expected 1 or more" in capsys.readouterr().err
     assert accuracy.main([*command, "--processes", "2"]) == 0
     assert "[4/4]" in capsys.readouterr().out
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()}

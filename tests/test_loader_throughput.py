@@ -161,9 +161,3 @@ def test_streaming_is_skipped_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> 
     assert "install mosaicml-streaming" in reason
     monkeypatch.setitem(sys.modules, "streaming", ModuleType("streaming"))
     assert why_no_streaming() is None
-
-
-@pytest.mark.parametrize(("option", "value"), [("--repeats", "0"), ("--images", "1"), ("--resolution", "4")])
-def test_options_that_cannot_work_are_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([option, value]) == 2
-    assert f"error: {option}: found {value}" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.command import add_device, pick_device, run, whole
+from benchmarks.command import add_device, local_folder, pick_device, run, whole
 from benchmarks.completion import complete
 from benchmarks.footprint import epoch_pairs, fkd_bytes_per_pair, in_full_batches
 from benchmarks.logit_codes import FIT_PAIRS, CodedBatches, LogitCode, LowRank, ProductCode, coded_bytes, predictions
@@ -132,7 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
         "      --test-dir cifar10/test --teacher-checkpoint teacher.pt --out by-bytes",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("datasets", type=Path, nargs="+", metavar="DATASET", help="built with different seeds")
+    parser.add_argument("datasets", type=local_folder, nargs="+", metavar="DATASET", help="built with different seeds")
     parser.add_argument("--dataset", metavar="NAME", help="where the test images come from (the manifest's name)")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the source images lie")
     parser.add_argument("--test-dir", type=Path, metavar="DIR", help="held-out images")

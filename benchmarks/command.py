@@ -56,6 +56,18 @@ def add_columns(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def local_folder(text: str) -> Path:
+    """The type of an argument that names a folder to read; a Path of a URL would name one that nobody meant."""
+    place = place_of(text)
+    if isinstance(place, str):
+        scheme = text.partition(":")[0]
+        raise argparse.ArgumentTypeError(
+            f"found a URL ({scheme}:…), expected a folder of this machine; copy dataset.json and the shards into one "
+            "(of URLs only DBRLoader reads datasets)"
+        )
+    return place
+
+
 def whole(least: int) -> Callable[[str], int]:
     """The type of an option that takes whole numbers from `least` on; argparse tells others with the option's name."""
 

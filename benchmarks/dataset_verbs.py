@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.command import add_device, pick_device
+from benchmarks.command import add_device, local_folder, pick_device
 from benchmarks.verbs import Verbs, add_dataset, add_json, add_verb
 from nrrdd_format.errors import ConfigError, counted
 
@@ -367,7 +367,9 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 def _add_repair(parser: argparse.ArgumentParser) -> None:
     add_dataset(parser)
-    parser.add_argument("--from", dest="copy", type=Path, metavar="DIR", help="another copy of the same dataset")
+    parser.add_argument(
+        "--from", dest="copy", type=local_folder, metavar="DIR", help="another copy of the same dataset"
+    )
     parser.add_argument("--dry-run", action="store_true", help="change nothing, say what would be done")
     add_json(parser)
 
@@ -379,7 +381,7 @@ def _add_split(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", type=Path, nargs="+", metavar="DATASET", help="the parts' folders")
+    parser.add_argument("paths", type=local_folder, nargs="+", metavar="DATASET", help="the parts' folders")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the dataset folder to write")
     add_json(parser)
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.command import add_device, pick_device, run, whole
+from benchmarks.command import add_device, local_folder, pick_device, run, whole
 from benchmarks.results_io import make_folder, provenance, write_json
 from benchmarks.student import load_dataset_teacher
 from builders.progress import Progress
@@ -92,7 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
         "      --out benchmarks/distances/tiny-imagenet-100.npy",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("dataset", type=Path, metavar="DATASET", help="a built dataset of one shard")
+    parser.add_argument("dataset", type=local_folder, metavar="DATASET", help="a built dataset of one shard")
     parser.add_argument("--teacher-checkpoint", type=Path, required=True, metavar="FILE", help="the dataset's teacher")
     parser.add_argument(
         "--epochs", type=whole(1), default=30, metavar="N", help="stored epochs to take pairs from (30)"

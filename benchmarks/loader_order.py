@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.command import run, whole
+from benchmarks.command import local_folder, run, whole
 from benchmarks.results_io import markdown_table, provenance, provenance_text, write_json, write_text
 from benchmarks.spread import interval, spread
 from benchmarks.student import Batches, StudentConfig, load_matching_source, pick_batch_size, train_student
@@ -94,7 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "dataset", type=Path, metavar="DATASET", help="folder of a distilled dataset, of 5 or more shards"
+        "dataset", type=local_folder, metavar="DATASET", help="folder of a distilled dataset, of 5 or more shards"
     )
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the source's test images lie")
     parser.add_argument("--student", metavar="ARCH", help="the students' network (the dataset's default)")

@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.bytes_and_accuracy import Point, Sizes, accuracy_table, plot_points, points_of, read_cells, title
-from benchmarks.command import run
+from benchmarks.command import local_folder, run
 from benchmarks.exact_distances import joint_entropy, load_sample
 from benchmarks.fkd_store import Form
 from benchmarks.footprint import (
@@ -136,7 +136,7 @@ def make_parser() -> argparse.ArgumentParser:
         f"  python -m {MODULE} --preset {PRESET}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("datasets", type=Path, nargs="*", metavar="DATASET", help="a built dataset's folder")
+    parser.add_argument("datasets", type=local_folder, nargs="*", metavar="DATASET", help="a built dataset's folder")
     parser.add_argument("--preset", choices=[PRESET], help="measure a full shard of 1000 classes, made for the purpose")
     parser.add_argument(
         "--distances",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeAlias
+
+from benchmarks.command import local_folder
 
 Verb = Callable[[argparse.Namespace], int]
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -26,7 +27,7 @@ def add_verb(verbs: Verbs, name: str, verb: Verb, summary: str, epilog: str) -> 
 
 def add_dataset(parser: argparse.ArgumentParser) -> None:
     """Adds the positional argument DATASET."""
-    parser.add_argument("path", type=Path, metavar="DATASET", help="a built dataset's folder")
+    parser.add_argument("path", type=local_folder, metavar="DATASET", help="a built dataset's folder")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

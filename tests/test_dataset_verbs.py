@@ -258,6 +258,26 @@ def test_options_of_the_teacher_need_it(
     assert f"{option[0]}: found without --teacher-checkpoint" in error(capsys)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(f"{verb} {{url}}" for verb in ("inspect", "verify", "preview", "student", "repair")),
+        "split {url} --out a",
+        "repair data --from {url}",
+        "merge data {url} --out out",
+        "export {url} --layout imagefolder --to out",
+    ],
+)
+@pytest.mark.parametrize("url", ["https://user:secret@host/data?token=secret", "s3://bucket/data", "file:///data"])
+def test_a_url_is_no_folder(command: str, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(*(url if word == "{url}" else word for word in command.split()))
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"found a URL ({url.partition(':')[0]}:…), expected a folder of this machine; copy dataset.json" in line
+    assert "secret" not in line
+
+
 # ---- repair
 
 

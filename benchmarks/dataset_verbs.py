@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.command import add_device, local_folder, pick_device
+from benchmarks.command import add_device, local_folder, pick_device, whole
 from benchmarks.verbs import Verbs, add_dataset, add_json, add_verb
 from nrrdd_format.errors import ConfigError, counted
 
@@ -358,8 +358,8 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the dataset's teacher: compute distances anew with it",
     )
-    parser.add_argument("--sample", type=int, metavar="N", help="pairs to compute anew, over all shards (1000)")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the choice of pairs (0)")
+    parser.add_argument("--sample", type=whole(1), metavar="N", help="pairs to compute anew, over all shards (1000)")
+    parser.add_argument("--seed", type=whole(0), metavar="N", help="of the choice of pairs (0)")
     add_device(parser)
     parser.set_defaults(device=None)
     add_json(parser)

@@ -77,12 +77,12 @@ def measure_drift(
     Args:
         dataset: a sound dataset that has pairs.
         teacher: the one named in its manifest, on `device`.
-        sample: N, spread evenly over shards and epochs; all pairs where there are no more.
+        sample: N from 1, spread evenly over shards and epochs; all pairs where there are no more.
         seed: of the draw.
         device: where to compute.
 
     Raises:
-        ConfigError: no pair is asked for, or the dataset holds none.
+        ConfigError: the dataset holds no pairs.
         FormatError: the dataset is damaged.
         TeacherError: a distance is not finite.
     """
@@ -101,17 +101,19 @@ def measure_drift(
 
 
 def draw_sample(manifest: Manifest, sample: int, seed: int) -> NDArray[np.int64]:
-    """Rows (N, 3) of shard, epoch and pair, positions from 0, ascending: one drawn from each of N equal stretches."""
+    """Rows (N, 3) of shard, epoch and pair, positions from 0, ascending: one drawn from each of N stretches.
+
+    The stretches are whole pairs, as equal as can be; all pairs where there are no more than `sample`.
+    """
     sizes = np.array([entry.pairs_per_epoch for entry in manifest.shards], np.int64)
     ends = np.cumsum(sizes * manifest.records.epochs)
     total = int(ends[-1]) if len(ends) else 0
-    if sample < 1 or not total:
-        raise ConfigError(f"--sample: found {sample} of {total} pairs, expected at least 1 of 1")
-    if sample >= total:
-        numbers = np.arange(total)
-    else:
-        within = draws.uniform(seed, "drift-sample", count=sample)
-        numbers = np.unique(((np.arange(sample) + within) * (total / sample)).astype(np.int64))
+    if not total:
+        raise ConfigError("the dataset lists no shards, so no distances can be computed anew; finish its build")
+    count = min(sample, total)
+    edges = np.arange(count + 1) * total // count
+    within = draws.uniform(seed, "drift-sample", count=count)
+    numbers = edges[:-1] + (within * np.diff(edges)).astype(np.int64)
     shard = np.searchsorted(ends, numbers, side="right")
     epoch, pair = np.divmod(numbers - (ends - sizes * manifest.records.epochs)[shard], sizes[shard])
     return np.column_stack([shard, epoch, pair])

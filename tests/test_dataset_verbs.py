@@ -163,8 +163,9 @@ def test_verify_points_to_repair(dataset: Path, capsys: pytest.CaptureFixture[st
 
 def test_verify_with_the_teacher(labelled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ("verify", labelled / "data", "--teacher-checkpoint", labelled / "teacher.pt", "--device", "cpu")
-    assert run(*command, "--sample", 20) == 0
+    assert run(*command, "--sample", 50) == 0
     text = output(capsys)
+    assert "distances of 50 pairs computed anew" in text
     assert "unexplained by rounding and device 0.00%" in text and "no problems" in text
     assert run(*command, "--json", "--seed", 1) == 0
     found = json.loads(output(capsys))
@@ -248,6 +249,15 @@ def test_distances_of_a_damaged_dataset_are_not_computed(
     damage(data / shard_name(0))
     assert run("verify", data, "--teacher-checkpoint", labelled / "teacher.pt") == 1
     assert "not computed" in output(capsys)
+
+
+@pytest.mark.parametrize("option", [("--sample", "0"), ("--seed", "-1")])
+def test_numbers_of_the_sample_have_bounds(option: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("verify", "data", "--teacher-checkpoint", "teacher.pt", *option)
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {option[0]}: found '{option[1]}', expected a whole number" in line
 
 
 @pytest.mark.parametrize("option", [("--sample", "5"), ("--seed", "1"), ("--device", "cpu")])

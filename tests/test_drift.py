@@ -67,7 +67,7 @@ def test_the_same_device_gives_the_same_distances(folder: Path, teacher: Teacher
 
 def test_a_sample_is_enough(folder: Path, teacher: Teacher) -> None:
     found = measure(folder, teacher, sample=17)
-    assert found.pairs <= 17 and found.unexplained_share == 0
+    assert found.pairs == 17 and found.unexplained_share == 0
 
 
 def batched(pairs: replay.PairTensors, *, mean: Any, std: Any) -> Tensor:
@@ -140,12 +140,6 @@ def test_a_teacher_that_overflows_is_named(folder: Path, teacher: Teacher) -> No
         measure(folder, replace(teacher, model=Broken()))
 
 
-@pytest.mark.parametrize("sample", [0, -1])
-def test_no_sample_is_refused(folder: Path, teacher: Teacher, sample: int) -> None:
-    with pytest.raises(ConfigError, match=f"--sample: found {sample} of 120 pairs"):
-        measure(folder, teacher, sample=sample)
-
-
 # ---- what rounding and device explain
 
 LEVELS = distance_levels(16)
@@ -207,8 +201,7 @@ def test_a_sample_is_spread_over_all_pairs(shards: list[int], epochs: int, sampl
     rows = draw_sample(manifest, sample, seed)
     total = sum(shards) * epochs
     assert np.array_equal(rows, draw_sample(manifest, sample, seed))
-    assert 1 <= len(rows) <= min(sample, total)
-    assert len(rows) == total or sample < total
+    assert len(rows) == min(sample, total)
     shard, epoch, pair = rows.T
     assert (epoch < epochs).all() and (pair < np.array(shards)[shard]).all() and (rows >= 0).all()
     starts = np.concatenate([[0], np.cumsum(np.array(shards) * epochs)])
@@ -226,5 +219,5 @@ def _manifest(shards: list[int], epochs: int) -> Manifest:
 
 
 def test_a_dataset_without_pairs_has_no_sample() -> None:
-    with pytest.raises(ConfigError, match="of 0 pairs"):
+    with pytest.raises(ConfigError, match="lists no shards"):
         draw_sample(_manifest([], 3), 10, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import time
@@ -128,12 +129,19 @@ def test_lightning_goes_on_within_an_epoch(repository: Path, examples: Path, dat
     def saved(name: str, file: str = "final.ckpt") -> dict[str, Any]:
         return load(tmp_path / name / file)
 
+    def epochs(output: str) -> list[tuple[int, int]]:
+        """Number and pairs of every epoch, or rest of one, that was trained."""
+        found = re.findall(r"epoch (\d+): loss [\d.]+ over (\d+) pairs", output)
+        return [(int(epoch), int(pairs)) for epoch, pairs in found]
+
     finish(repository, command("stopped", 4))  # an epoch has three steps
     (loader,) = saved("stopped", "last.ckpt")["loops"]["fit_loop"]["state_dict"]["combined_loader"]
     assert (loader["epoch"], loader["pairs"]) == (1, 7)
-    finish(repository, command("stopped", -1))
+    output = finish(repository, command("stopped", -1))
+    assert epochs(output) == [(1, PAIRS - 7), (2, PAIRS)]
     output = finish(repository, command("whole", -1))
-    assert all(f"epoch {epoch}: loss" in output for epoch in range(3))
+    assert epochs(output) == [(epoch, PAIRS) for epoch in range(3)]
+    assert epochs(finish(repository, command("stopped", -1))) == []
     assert saved("stopped")["global_step"] == saved("whole")["global_step"] == 9
     assert_same(saved("stopped")["state_dict"], saved("whole")["state_dict"])
 

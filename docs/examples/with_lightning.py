@@ -2,8 +2,8 @@
 
     python docs/examples/with_lightning.py digits-ipc10 --epochs 20 --checkpoints lightning-checkpoints
 
-Stopped, the same command goes on after the last saved batch. The loader has `state_dict` and
-`load_state_dict`, so Lightning keeps its state among its own without being told.
+Stopped, the same command goes on after the last saved batch; finished, it trains no more. The loader has
+`state_dict` and `load_state_dict`, so Lightning keeps its state among its own without being told.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def main() -> None:
     last = options.checkpoints / "last.ckpt"
     trainer.fit(Student(loader), loader, ckpt_path=last if last.exists() else None, weights_only=True)
     trainer.save_checkpoint(options.checkpoints / "final.ckpt", weights_only=False)
+    if trainer.is_last_batch:  # the same command has nothing left to do; of an epoch cut short, last.ckpt has the rest
+        trainer.save_checkpoint(last, weights_only=False)
 
 
 class Student(LightningModule):
@@ -56,20 +58,24 @@ class Student(LightningModule):
         self.loader = loader
         self.network = make_model(len(loader.dataset_info.class_names))
         self.loss_function = DBRLoss(temperature=loader.dataset_info.temperature)
+        self.pairs = 0
 
     def on_train_epoch_start(self) -> None:
         """Lightning stops after an epoch's last batch without asking for one more, by which the loader would turn."""
         self.loader.set_epoch(self.current_epoch)
+        self.pairs = 0
 
     def training_step(self, batch: DBRBatch) -> Tensor:
         """The loss of a batch."""
         loss: Tensor = self.loss_function(self.network(batch.images), batch)
         self.log("loss", loss, on_step=False, on_epoch=True, batch_size=len(batch))
+        self.pairs += len(batch)
         return loss
 
     def on_train_epoch_end(self) -> None:
-        """Prints the mean loss."""
-        print(f"epoch {self.current_epoch}: loss {self.trainer.callback_metrics['loss']:.4f}", flush=True)
+        """Prints the mean loss, of the rest where the epoch was resumed."""
+        loss = self.trainer.callback_metrics["loss"]
+        print(f"epoch {self.current_epoch}: loss {loss:.4f} over {self.pairs} pairs", flush=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW on everything."""

@@ -154,12 +154,12 @@ class DBRLoader:
             remote = RemoteFolder(
                 url=os.fspath(path), timeout=timeout, attempts=attempts, storage_options=storage_options or {}
             )
-            manifest = remote.manifest()
+            manifest, where = remote.manifest(), remote.shown()
             root = default_cache_dir() if cache_dir is None else Path(cache_dir)
             self._cache = ShardCache(remote, manifest.dataset_id, root, cache_limit_bytes)
             self._dataset = DistilledDataset(self._cache.folder, manifest)
         else:
-            self._dataset = open_dataset(local_path(path))
+            self._dataset, where = open_dataset(local_path(path)), os.fspath(path)
         self._manifest = self._dataset.manifest
         self._dataset_id = self._manifest.dataset_id
         self._shards = ShardPairs(
@@ -167,7 +167,7 @@ class DBRLoader:
             cycle=self._manifest.records.cycle,
         )
         _require(
-            self._shards.total > 0, f"{path}: the dataset lists no shards, expected at least one; finish its build"
+            self._shards.total > 0, f"{where}: the dataset lists no shards, expected at least one; finish its build"
         )
         self._ranks = _given_ranks(rank, world_size)
         self._agreement = Agreement() if self._ranks is None else None

@@ -154,7 +154,8 @@ class RemoteFolder:
         except Exception as error:  # every backend has exceptions of its own
             cause, is_http = error.__cause__, EXTRAS[parts.scheme] == "http"
             # fsspec's http calls every failure a missing file.
-            raise self._fault(cause if is_http and isinstance(cause, Exception) else error) from error
+            # Not from it: a traceback would show its text, and in it the URL with its secrets.
+            raise self._fault(cause if is_http and isinstance(cause, Exception) else error) from None
         return found if isinstance(found, int) else None
 
     def pieces(self, name: str, most: int) -> Iterator[bytes]:
@@ -169,7 +170,7 @@ class RemoteFolder:
                     left -= len(piece)
                     yield piece
         except Exception as error:  # every backend has exceptions of its own
-            raise self._fault(error) from error
+            raise self._fault(error) from None  # whose text may hold the secrets of the URL
 
     def _filesystem(self) -> Any:
         """The fsspec filesystem of this process: none works on after a fork."""

@@ -11,6 +11,7 @@ import pickle
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -259,6 +260,19 @@ def test_a_signature_is_not_shown_in_any_form(token: str, server: DatasetServer)
     assert not any(word in str(caught.value) for word in ("s3cret", "sig", "%2F"))
 
 
+@pytest.mark.parametrize("fault", [status(500), status(404), redirect])
+def test_no_traceback_shows_a_token(fault: Fault, server: DatasetServer, tmp_path: Path) -> None:
+    """A script that does not catch the error prints all that led to it, whose texts quote the whole URL."""
+    server.faults["dataset.json"] = [fault] * 99
+    url = f"{server.url.replace('//', '//me:passw0rd@')}?token=s3cret"
+    folder = RemoteFolder(url=url, attempts=2)
+    for ask in (lambda: DBRLoader(url, 5, cache_dir=tmp_path, attempts=2), lambda: folder.size("no-shard.tar")):
+        with pytest.raises(FormatError) as caught:
+            ask()
+        text = "".join(traceback.format_exception(caught.value))
+        assert "s3cret" not in text and "passw0rd" not in text
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
@@ -409,8 +423,9 @@ def test_a_dataset_without_shards_is_refused_under_a_limit_too(tmp_path: Path) -
     empty = tmp_path / "empty"
     empty.mkdir()
     tiny_manifest().save(empty / "dataset.json")
-    with serving(empty) as server, pytest.raises(ConfigError, match="lists no shards"):
-        DBRLoader(server.url, 5, cache_dir=tmp_path / "cache", cache_limit_bytes=1000)
+    with serving(empty) as server, pytest.raises(ConfigError, match="lists no shards") as caught:
+        DBRLoader(f"{server.url}?token=s3cret", 5, cache_dir=tmp_path / "cache", cache_limit_bytes=1000)
+    assert "s3cret" not in str(caught.value)
 
 
 def fetch_all(server: DatasetServer, root: Path, done: Any) -> None:

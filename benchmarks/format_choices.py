@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from benchmarks.command import add_device, add_source, pick_device, run, whole
 from benchmarks.exact_distances import Distances, exact_distances
 from benchmarks.footprint import measure
-from benchmarks.grid import KEY_DIGITS, PLACES
+from benchmarks.grid import KEY_DIGITS, PLACES, Origin
 from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
 from benchmarks.spread import interval, spread
 from benchmarks.student import StudentConfig, train_student
@@ -105,6 +105,8 @@ class Setup:
     student: str
     seeds: tuple[int, ...]
     device: str
+    origin: Origin
+    """Part of every name: the same folder may hold other images another time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +175,7 @@ def measure_choices(options: argparse.Namespace) -> int:
         student=options.student or source.default_model,
         seeds=tuple(options.seeds),
         device=pick_device(options.device),
+        origin=Origin.of(source),
     )
     results = list(run_cells(setup, source))
     text = report(setup, results)
@@ -243,7 +246,8 @@ def run_cell(setup: Setup, source: Source, variant: Variant, seed: int) -> Resul
 
 def dataset_path(setup: Setup, variant: Variant, seed: int) -> Path:
     """The folder of a cell's dataset, which those that are built alike share."""
-    key = _key(_decisive(_build_config(setup, variant, seed)), file_sha256(setup.teacher_checkpoint))
+    made_of = (file_sha256(setup.teacher_checkpoint), setup.origin.train)
+    key = _key(_decisive(_build_config(setup, variant, seed)), *made_of)
     return setup.out / "datasets" / f"{setup.dataset}-ipc{setup.ipc}-seed{seed}-{key}"
 
 
@@ -251,7 +255,7 @@ def cell_path(setup: Setup, variant: Variant, seed: int) -> Path:
     """The file of a cell's result."""
     dataset = dataset_path(setup, variant, seed).name
     rounded = None if variant.rounding is None else variant.rounding(_PROBES).tolist()
-    key = _key(dataset, _decisive(_student_config(setup, seed)), rounded)
+    key = _key(dataset, _decisive(_student_config(setup, seed)), rounded, setup.origin.test)
     return setup.out / "cells" / f"{dataset}-{setup.study}-{variant.name.replace(' ', '-')}-{key}.json"
 
 

@@ -13,7 +13,16 @@ import torch
 from make_dataset import make_tiny_dataset
 
 from benchmarks import format_choices
-from benchmarks.format_choices import STUDIES, ReplacedDistances, Result, Setup, cell_path, chosen_variants
+from benchmarks.format_choices import (
+    STUDIES,
+    ReplacedDistances,
+    Result,
+    Setup,
+    cell_path,
+    chosen_variants,
+    dataset_path,
+)
+from benchmarks.grid import Origin
 from benchmarks.teacher import TeacherConfig, train_and_save
 from builders.config import BuildConfig
 from builders.sources import load_source
@@ -99,6 +108,7 @@ SETUP = Setup(
     student="conv2",
     seeds=(0, 1),
     device="cpu",
+    origin=Origin(train="a", test="b"),
 )
 
 
@@ -122,6 +132,19 @@ def test_a_cell_is_kept_for_the_settings_it_stands_for(tmp_path: Path, monkeypat
     monkeypatch.undo()
     (tmp_path / "t").write_bytes(b"another teacher")
     assert paths()[1].name != before[1].name
+
+
+def test_a_cell_is_kept_for_the_images_it_was_made_of_and_tested_on(tmp_path: Path) -> None:
+    """Other images may lie in the same folder the next time; a dataset knows only what it was made of."""
+    (tmp_path / "t").write_bytes(b"teacher")
+    setups = [
+        replace(SETUP, teacher_checkpoint=tmp_path / "t", origin=Origin(train=train, test=test))
+        for train, test in (("a", "b"), ("a", "c"), ("c", "b"))
+    ]
+    variant = STUDIES["mixes"][1]
+    assert len({cell_path(setup, variant, seed=0) for setup in setups}) == 3
+    datasets = [dataset_path(setup, variant, seed=0) for setup in setups]
+    assert datasets[0] == datasets[1] != datasets[2]
 
 
 def test_each_variant_stands_beside_the_first_of_its_seed() -> None:

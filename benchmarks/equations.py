@@ -9,6 +9,7 @@ run once. Settings are chosen on held-out training images (`benchmarks.hold_out`
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,8 +26,10 @@ from benchmarks.grid import (
     Changes,
     Grid,
     Origin,
+    Result,
     Table,
     cell_path,
+    precision,
     read_cells,
     require_teacher,
     run_grid,
@@ -215,11 +218,22 @@ def choices_for(images: str, labels: str) -> list[Choice]:
     return [choice for choice in CHOICES.values() if choice.option not in left_out[choice.of]]
 
 
+def cell_of(grid: Grid, choice: Choice, base: Cell, value: Any) -> Cell:
+    """The base cell with a choice at a value: itself where it leaves the precision to a device that takes this one."""
+    return base if choice.option == "precision" and value == _base_precision(grid, base) else choice.cell(base, value)
+
+
+def _base_precision(grid: Grid, base: Cell) -> str | None:
+    """What the base was refined in, maybe on another device, or will be."""
+    path = cell_path(grid, base)
+    return Result(**json.loads(path.read_text())).precision if path.is_file() else precision(grid, base)
+
+
 def all_cells(grid: Grid, choices: Sequence[Choice]) -> list[Cell]:
     """The base and every value of every choice, seed by seed; a value that is the base's is not run again."""
     cells: dict[Path, Cell] = {}
     for base in grid.cells():
-        for cell in [base, *(choice.cell(base, value) for choice in choices for value in choice.values)]:
+        for cell in [base, *(cell_of(grid, choice, base, value) for choice in choices for value in choice.values)]:
             cells.setdefault(cell_path(grid, cell), cell)
     return list(cells.values())
 
@@ -240,7 +254,7 @@ def compare(grid: Grid, table: Table, choice: Choice) -> list[Row]:
     by_path = {cell_path(grid, cell): 100 * result.top1 for cell, result in table.items()}
     rows = []
     for value in choice.values:
-        paths = [(cell_path(grid, base), cell_path(grid, choice.cell(base, value))) for base in grid.cells()]
+        paths = [(cell_path(grid, base), cell_path(grid, cell_of(grid, choice, base, value))) for base in grid.cells()]
         both = [(by_path[base], by_path[cell]) for base, cell in paths if base in by_path and cell in by_path]
         rows.append(
             Row(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -14,6 +14,7 @@ from grid_result import result_of
 from benchmarks import equations, pair_mass
 from benchmarks.equations import CHOICES, all_cells, choices_for, compare
 from benchmarks.grid import Cell, Grid, build_config, cell_path, student_config
+from benchmarks.results_io import write_json
 from benchmarks.student import StudentConfig
 from benchmarks.teacher import TeacherConfig
 from builders.config import BuildConfig
@@ -111,7 +112,7 @@ def test_a_value_that_is_the_defaults_is_not_run_again(grid: Grid) -> None:
     cells = all_cells(grid, choices)
     assert len({cell_path(grid, cell) for cell in cells}) == len(cells)
     values = sum(len(choice.values) for choice in choices)
-    of_dataset = ("view-scale", "iterations", "epochs", "batch-size", "precision")  # these have the default nowhere
+    of_dataset = ("view-scale", "iterations", "epochs", "batch-size")  # these have the default nowhere
     with_default = len(choices) - len(of_dataset)
     assert len(cells) == 2 * (1 + values - with_default)
 
@@ -126,6 +127,19 @@ def test_values_are_compared_with_the_default_of_the_same_seed(grid: Grid) -> No
         ("0.5", True, (50.0, 75.0), (50.0, 75.0)),
         ("0.9", False, (75.0,), (50.0,)),
     ]
+
+
+@pytest.mark.parametrize("made_in", [None, "fp32", "bf16"])
+def test_the_precision_that_the_base_takes_is_the_base(grid: Grid, made_in: str | None) -> None:
+    """On a CPU it takes fp32, unless there are students of images that a GPU refined."""
+    base, choice = next(grid.cells()), CHOICES["precision"]
+    if made_in is not None:
+        write_json(cell_path(grid, base), asdict(replace(result_of(base, 0.5), precision=made_in)))
+    one_seed = replace(grid, seeds=(0,))
+    cells = all_cells(one_seed, [choice])
+    assert len(cells) == 2 and cells[0] == base
+    rows = compare(one_seed, {cell: result_of(cell, 0.5) for cell in cells}, choice)
+    assert [row.value for row in rows if row.is_base] == [made_in or "fp32"]
 
 
 @pytest.mark.slow

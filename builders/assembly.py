@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from builders.card import write_card
+from builders.class_names import some
+from builders.config import BuildConfig
 from builders.job import DISTANCES, FURTHER_CLASSES, FURTHER_DISTANCES, MASSES, Job
 from builders.preview import (
     SHOWN_INDICES,
@@ -54,7 +56,7 @@ def is_built(job: Job) -> bool:
     """Whether the output folder already holds this very dataset.
 
     Raises:
-        OutputError: something else is in the way.
+        OutputError: something else is in the way, or files of it were lost.
     """
     out = job.config.out
     if not _exists(out):
@@ -62,6 +64,7 @@ def is_built(job: Job) -> bool:
     found = Manifest.load(out / MANIFEST_NAME) if (out / MANIFEST_NAME).is_file() else None
     if found is not None and found.method.get("build_key") == job.key:
         if len(found.shards) == len(job.shards):
+            _refuse_losses(job.config, found)
             return True
         raise OutputError(
             f"{out}: holds {len(found.shards)} of this build's {len(job.shards)} shards (a part, or repaired without "
@@ -69,6 +72,28 @@ def is_built(job: Job) -> bool:
         )
     what = "no dataset" if found is None else _difference(found, job)
     raise OutputError(f"{out}: something else is there already ({what}); move it away or choose another --out")
+
+
+def _refuse_losses(config: BuildConfig, found: Manifest) -> None:
+    """Checks that every shard is there in full length; to hash them would take long, and is `nrrdd verify`'s work."""
+    faults = {entry.name: _fault(config.out / entry.name, entry.bytes) for entry in found.shards}
+    lost = [f"{name} ({fault})" for name, fault in faults.items() if fault is not None]
+    if lost:
+        raise OutputError(
+            f"{config.out}: built from these settings, but damaged since: {some(lost)}; `nrrdd verify` checks the "
+            f"rest, and `nrrdd repair --from` fetches shards from a copy; or delete the folder, and the same command "
+            f"builds it anew, quickly where {config.work_path} is left"
+        )
+
+
+def _fault(shard: Path, expected: int) -> str | None:
+    try:
+        size = os.stat(shard).st_size
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return str(error.strerror)
+    return None if size == expected else f"{size} bytes, expected {expected}"
 
 
 def _exists(out: Path) -> bool:

@@ -369,6 +369,31 @@ def test_a_dataset_that_lost_shards_is_not_taken_for_the_whole(source: Path, ref
         build(_config(source, part))
 
 
+@pytest.mark.parametrize("dry", [False, True])
+@pytest.mark.parametrize("lost", ["missing", "cut short"])
+def test_a_finished_dataset_whose_files_were_lost_is_not_called_built(
+    source: Path, reference: Path, tmp_path: Path, lost: str, dry: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line names each file and both ways out; the second one is tried."""
+    out = shutil.copytree(reference, tmp_path / "out")
+    whole = (out / "shard-00001.tar").read_bytes()
+    if lost == "missing":
+        (out / "shard-00001.tar").unlink()
+    else:
+        (out / "shard-00001.tar").write_bytes(whole[:-1])
+    before = _content(out)
+    assert main([*_options(source, out), *(["--plan"] if dry else [])]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error: ", "problem: "))]
+    fault = "missing" if lost == "missing" else f"{len(whole) - 1} bytes, expected {len(whole)}"
+    assert f"{out}: built from these settings, but damaged since: shard-00001.tar ({fault}); " in line
+    assert "`nrrdd verify`" in line and "`nrrdd repair --from`" in line and f"{out}.work" in line
+    assert _content(out) == before
+    if not dry:
+        shutil.rmtree(out)
+        assert main(_options(source, out)) == 0
+        assert _content(out) == _content(reference)
+
+
 @pytest.mark.parametrize(("shards", "epochs"), [(50, 300), (1, 4), (3, 7), (1, 1), (0, 0)])
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_ranks_take_runs_of_epochs_and_so_decode_few_shards(shards: int, epochs: int, count: int) -> None:

@@ -13,9 +13,11 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from builders.class_names import are_wnids, beside, name_wnids, some
@@ -26,6 +28,8 @@ from builders.hub_images import is_hub_folder, load_hub_images
 from builders.image_folder import Classes, read_classes, read_image_file
 from builders.image_sets import MAX_SIZE, Columns, FileImages, FolderImages, first_side, members_by_class, named_faults
 from builders.images import UnusableImage
+from builders.prefetch import in_processes, named_deaths, reading_processes
+from builders.progress import Progress
 from nrrdd_format.errors import DataError, FormatError
 from nrrdd_format.image_file import check_image
 from nrrdd_format.limits import MAX_IMAGE_BYTES
@@ -204,7 +208,8 @@ def take_given(
         size: S.
 
     Raises:
-        DataError: a class has too few images, or the classes have different numbers of them; a file cannot be read.
+        DataError: a class has too few images, or the classes have different numbers of them; files that cannot be
+            read.
     """
     members = members_by_class(found.images.labels, len(found.folders))
     by_class = [members[label] for label in chosen]
@@ -235,23 +240,56 @@ def _survey(place: str, files: FileImages) -> tuple[str, Codec | None]:
     """SHA-256 over the files and their labels, and the codec of them all."""
     digest, codecs = hashlib.sha256(), set()
     for number, label in enumerate(files.labels.tolist()):
-        data = _file_bytes(place, files, number)
+        try:
+            data = _file_bytes(files, number)
+        except DataError:
+            refuse_unusable(place, files, range(len(files)), reading_processes(None, len(files)))
+            raise
         codecs.add(_codec_of(data))
         digest.update(os.fsencode(files.name(number)) + f"\0{label}\0{len(data)}\n".encode())
         digest.update(data)
     return digest.hexdigest(), codecs.pop() if len(codecs) == 1 else None
 
 
-def _file_bytes(place: str, files: FileImages, number: int) -> bytes:
-    """One image's file; raises DataError if it cannot be read or is larger than a shard's images may be."""
+def refuse_unusable(place: str, files: FileImages, numbers: Sequence[int] | NDArray[np.int64], processes: int) -> None:
+    """Decodes the images with these numbers in so many processes.
+
+    Raises:
+        DataError: some cannot be stored; the first few are named.
+    """
+    with Progress(len(numbers), "check images", "image") as progress, named_deaths():
+        bad = []
+        for fault in in_processes(partial(_fault, files), numbers, processes):
+            if fault is not None:
+                bad.append(fault)
+            progress.advance()
+    if bad:
+        raise DataError(f"{place}: {some(bad, shown=3)}; replace what cannot be used")
+
+
+def _fault(files: FileImages, number: int) -> str | None:
     try:
-        file = files.file(number)
+        _file_bytes(files, number)
+        files.read(number)
     except UnusableImage as error:
-        raise DataError(f"{place}: {files.name(number)}: {error.reason}") from error
+        return f"{files.name(number)}: {error.reason}"
+    except DataError as error:
+        return str(error)  # names the file
+    return None
+
+
+def _file_bytes(files: FileImages, number: int) -> bytes:
+    """One image's file.
+
+    Raises:
+        UnusableImage: it is larger than a shard's images may be.
+        DataError: it cannot be read at all.
+    """
+    file = files.file(number)
     if isinstance(file, Path):
         return read_image_file(file)
     if not 1 <= len(file) <= MAX_IMAGE_BYTES:
-        raise DataError(f"{place}: {files.name(number)}: expected an image of 1..{MAX_IMAGE_BYTES} bytes")
+        raise UnusableImage(f"expected an image of 1..{MAX_IMAGE_BYTES} bytes")
     return file
 
 
@@ -265,11 +303,9 @@ def stored_bytes(given: GivenImages, number: int, settings: EncodingSettings, *,
     Raises:
         DataError: the file is no image, damaged, or cannot be read.
     """
-    if keep:
-        data = _file_bytes(given.place, given.files, number)
-        if _fits(data, settings.codec, given.files.size):
-            return data
     try:
+        if keep and _fits(data := _file_bytes(given.files, number), settings.codec, given.files.size):
+            return data
         return encode_image(given.files.read(number), settings)
     except UnusableImage as error:
         raise DataError(f"{given.place}: {given.files.name(number)}: {error.reason}") from error

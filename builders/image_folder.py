@@ -20,6 +20,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from builders.class_names import are_wnids, name_wnids, read_lines
+from builders.images import UnusableImage
 from builders.progress import Progress
 from nrrdd_format.errors import DataError, FormatError
 from nrrdd_format.image_file import check_image
@@ -153,12 +154,17 @@ def _kind(path: Path, data: bytes) -> tuple[Codec, int]:
 
 
 def read_image_file(path: Path) -> bytes:
-    """The bytes of one image file; raises DataError if it cannot be read or is larger than a shard's images may be."""
+    """The bytes of one image file.
+
+    Raises:
+        UnusableImage: it is larger than a shard's images may be, or empty.
+        DataError: it cannot be read at all.
+    """
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_IMAGE_BYTES + 1)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     if not 1 <= len(data) <= MAX_IMAGE_BYTES:
-        raise DataError(f"{path}: expected an image of 1..{MAX_IMAGE_BYTES} bytes")
+        raise UnusableImage(f"expected an image of 1..{MAX_IMAGE_BYTES} bytes", str(path))
     return data

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 
 from builders.discovery import discover_groups
 from builders.encoding import encode_image
-from builders.given_images import stored_bytes
+from builders.given_images import GivenImages, stored_bytes
 from builders.image_sets import ArrayImages, ImageSet
 from builders.job import BATCH_ARRAY, Job
 from builders.passes import Passes
@@ -132,12 +134,18 @@ def encoding(job: Job, images: NDArray[np.uint8]) -> tuple[float, float]:
     settings, given = job.settings.encoding, job.given
     done = BATCH_ARRAY.format(0)
     if given is not None:
-        keep, numbers = job.config.image_quality is None, range(min(SAMPLE, len(given.files)))
-        data, seconds = _timed(lambda: [stored_bytes(given, number, settings, keep=keep) for number in numbers])
+        data, seconds = _timed(lambda: list(islice(_stored(job, given), SAMPLE)))
     else:
         made = job.refinement.load_array(done)[:SAMPLE] if job.refinement.has(done) else images
         data, seconds = _timed(lambda: [encode_image(image, settings) for image in made])
     return seconds / len(data), float(np.mean([len(file) for file in data]))
+
+
+def _stored(job: Job, given: GivenImages) -> Iterator[bytes]:
+    """Stored bytes of the given images that can be used; the plan has named the others."""
+    for number in range(len(given.files)):
+        with suppress(DataError):
+            yield stored_bytes(given, number, job.settings.encoding, keep=job.config.image_quality is None)
 
 
 def labels(job: Job, images: NDArray[np.uint8]) -> Labels:

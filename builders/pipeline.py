@@ -24,7 +24,7 @@ from builders.config import BuildConfig, RefinementSettings
 from builders.cores import reading_threads
 from builders.discovery import class_groups, discover_groups
 from builders.encoding import encode_image
-from builders.given_images import GivenImages, stored_bytes
+from builders.given_images import GivenImages, refuse_unusable, stored_bytes
 from builders.image_sets import ImageSet, members_by_class
 from builders.job import (
     BATCH_ARRAY,
@@ -95,6 +95,7 @@ def _go_through(job: Job) -> None:
     """All stages, from wherever an earlier run has come to."""
     for stage in job.stages:
         stage.make()
+    check_given(job)
     top1 = check_teacher(job)
     if job.given is None:
         usable = scan(job)
@@ -106,6 +107,20 @@ def _go_through(job: Job) -> None:
     relabel(job)
     find_priors(job)
     assemble(job, top1)
+
+
+def check_given(job: Job) -> None:
+    """Decodes the given images that are not encoded yet, on every rank, so that all of them say what is wrong.
+
+    Raises:
+        DataError: some cannot be used. The test of the teacher leaves such out, and encoding would stop at the first.
+    """
+    if job.given is None:
+        return
+    waiting = [job.shards[shard] for shard in _open_units(job.encoding, SHARD_BYTES, range(len(job.shards)))]
+    numbers = np.concatenate([np.empty(0, np.int64), *waiting])
+    processes = reading_processes(job.config.threads, len(numbers))
+    refuse_unusable(job.given.place, job.given.files, numbers, processes)
 
 
 def check_teacher(job: Job) -> float | None:

@@ -36,10 +36,10 @@ from builders.job import (
     prepare,
 )
 from builders.memory import named_shortage
-from builders.pipeline import check_teacher, refuse_small_classes
+from builders.pipeline import check_given, check_teacher, refuse_small_classes
 from builders.prefetch import reading_processes
 from builders.quantities import shown_duration, shown_size
-from builders.ranks import Ranks, joined_ranks
+from builders.ranks import joined_ranks
 from builders.workdir import Stage
 from nrrdd_format import tar
 from nrrdd_format.errors import NrrddError, counted
@@ -86,7 +86,7 @@ def plan(config: BuildConfig) -> bool:
     with joined_ranks() as ranks, named_shortage():
         job = prepare(config, ranks)
         check_manifest(job)
-        problems = _caught(ranks, lambda: is_built(job), lambda: check_teacher(job), lambda: _refuse_few(job))
+        problems = _caught(job, is_built, check_given, check_teacher, _refuse_few)
         if not problems and config.out.exists():
             ranks.say(f"{config.out}: already built from these settings; the same command would change nothing")
             return True
@@ -102,15 +102,15 @@ def plan(config: BuildConfig) -> bool:
     return not problems
 
 
-def _caught(ranks: Ranks, *checks: Callable[[], object]) -> list[str]:
+def _caught(job: Job, *checks: Callable[[Job], object]) -> list[str]:
     """The problems that the checks of a build find; each is told at once, since measuring takes a while."""
     found = []
     for check in checks:
         try:
-            check()
+            check(job)
         except NrrddError as error:
             found.append(str(error))
-            ranks.say(f"problem: {error}")
+            job.ranks.say(f"problem: {error}")
     return found
 
 

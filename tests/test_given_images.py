@@ -22,7 +22,14 @@ from PIL import Image
 
 from builders.cli import main, make_parser, parse
 from builders.config import MAKING_OPTIONS, BuildConfig, EncodingSettings
-from builders.given_images import GivenImages, find_folders, match_classes, stored_bytes, take_given
+from builders.given_images import (
+    GivenImages,
+    find_folders,
+    match_classes,
+    refuse_unusable,
+    stored_bytes,
+    take_given,
+)
 from builders.inputs import load_inputs
 from builders.models import create_model
 from builders.pipeline import build
@@ -432,12 +439,50 @@ def test_too_few_for_ipc_and_none_at_all(made: Path, tmp_path: Path) -> None:
         find_folders(syn)
 
 
-def test_a_damaged_image_is_named(made: Path, tmp_path: Path) -> None:
-    syn = write_images(tmp_path / "syn")
+def damaged(made: Path, root: Path, *, empty: bool = False) -> Path:
+    """Given images of which one lost its end and one is text, the first of all; and, if asked for, an empty one."""
+    syn = write_images(root / "syn", count=3)
     (syn / "bee" / "1.jpg").write_bytes(picture(0)[:300])
-    with pytest.raises(DataError, match=r"bee/1\.jpg: cannot be decoded"):
-        build(config(tmp_path / "out", from_images=syn, data_dir=made / "real", size=SIZE))
-    assert not (tmp_path / "out").exists()
+    (syn / "ape" / "0.jpg").write_text("no image")
+    if empty:
+        (syn / "cat" / "2.jpg").write_bytes(b"")
+    for name in ("real", "teacher.pt"):
+        (root / name).symlink_to(made / name)
+    return syn
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_damaged_images_are_named_at_once_before_any_work(
+    made: Path, tmp_path: Path, empty: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged(made, tmp_path, empty=empty)
+    assert main(options(tmp_path, tmp_path / "out")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path}/syn: ape/0.jpg: is not an image")
+    assert "bee/1.jpg: cannot be decoded" in line and ("cat/2.jpg: expected an image of 1.." in line) == empty
+    assert not (tmp_path / "out").exists() and not list((tmp_path / "out.work").rglob("*.msgpack"))
+
+
+def test_a_plan_names_damaged_images_and_goes_on(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged(made, tmp_path)
+    assert main([*options(tmp_path, tmp_path / "out"), "--min-teacher-top1", "1", "--plan"]) == 2
+    printed = capsys.readouterr()
+    images, teacher = [line for line in printed.err.splitlines() if line.startswith(("error: ", "problem: "))]
+    assert images.startswith(f"problem: {tmp_path}/syn: ape/0.jpg: is not an image") and "bee/1.jpg: " in images
+    assert "expected 100.0% or more" in teacher
+    assert printed.out.splitlines()[-1] == "the build could not start"
+
+
+def test_of_many_damaged_images_the_first_few_are_named(tmp_path: Path) -> None:
+    syn = write_images(tmp_path / "syn", count=4)
+    given = take(syn)
+    for path in syn.rglob("[0-2].jpg"):
+        path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(DataError, match=r"^[^\n]*syn: ape/0\.jpg: [^\n]*, bee/0\.jpg: [^\n]*, … \(9 in all\); replace"):
+        refuse_unusable(given.place, given.files, range(12), processes=2)
+    refuse_unusable(given.place, given.files, range(9, 12), processes=1)
 
 
 # Options

@@ -24,11 +24,17 @@ from nrrdd_format.limits import (
     MAX_IMAGES,
     MAX_LEVELS,
     MAX_MIXES,
+    MAX_SHARDS,
     MAX_VIEWS,
 )
 
 BLOCK_PAIRS = 20_000
 """Pairs that are compressed together, about: fewer cost bytes, more cost time where one epoch is read."""
+
+MAX_IPC, MAX_STEPS, MAX_THREADS = 100_000, 1_000_000, 1024
+"""Far beyond what a class has images, a refinement takes or a machine has; where more is asked for, a digit slipped."""
+MAX_UNITS = 10_000_000
+"""Epochs of shards: each is a file in the work folder."""
 
 HUB_PREFIX = "hf:"
 """What `--from-images` begins with where it names a dataset of Hugging Face."""
@@ -272,10 +278,10 @@ class BuildConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least("--ipc", self.ipc, 1 if self.from_images is None else 0)
+        _between("--ipc", self.ipc, 1 if self.from_images is None else 0, MAX_IPC)
         self._check_given()
-        _at_least("--iterations", self.iterations, 0)
-        _at_least("--batch-size", self.batch_size, 2)
+        _between("--iterations", self.iterations, 0, MAX_STEPS)
+        _between("--batch-size", self.batch_size, 2, MAX_IMAGES)
         _between("--epochs", self.epochs, 1, MAX_EPOCHS)
         _between("--cycle", self.cycle, 2, MAX_IMAGES)
         _between("--mix-group", self.mix_group, 1, MAX_IMAGES)
@@ -287,13 +293,13 @@ class BuildConfig:
         _between("--priors", self.priors, 0, MAX_CLASSES - 1)
         _between("--further", self.further, 0, MAX_FURTHER)
         _between("--epsilon", self.epsilon, 0, 1)
-        _at_least("--cam-every", self.cam_every, 0)
+        _between("--cam-every", self.cam_every, 0, MAX_STEPS)
         _positive("--learning-rate", self.learning_rate)
         _between("--temperature", self.temperature, 1e-3, 1e3)
         _at_least("--alpha-bn", self.alpha_bn, 0)
         _at_least("--alpha-lr", self.alpha_lr, 0)
         if self.threads is not None:
-            _at_least("--threads", self.threads, 1)
+            _between("--threads", self.threads, 1, MAX_THREADS)
         if self.min_teacher_top1 is not None:
             _between("--min-teacher-top1", self.min_teacher_top1, 0, 1)
         if self.view_scale is not None:
@@ -395,16 +401,13 @@ def plan_settings(config: BuildConfig, source: Source, given_codec: Codec | None
     `given_codec` is the codec that given images have, which a shard then keeps.
 
     Raises:
-        ConfigError: an option does not fit the dataset (β no square or no divisor of the side, too few images, or
-            classes).
+        ConfigError: an option does not fit the dataset (β no square or no divisor of the side, too few images or
+            classes, or too many).
     """
     beta = source.beta if config.beta is None else config.beta
     _check_beta(beta, source.size)
     _check_others(config, len(source.class_names))
-    if config.ipc * len(source.class_names) < 2:
-        raise ConfigError(
-            "--ipc: one image in all leaves nothing to pair; a dataset needs at least 2 images, so raise --ipc"
-        )
+    _check_amount(config, config.ipc * len(source.class_names))
     codec: Codec = config.image_codec or given_codec or ("png" if source.size <= 64 else "jpeg")
     if config.image_quality is not None and codec == "png":
         raise ConfigError("--image-quality: PNG is lossless and has no quality; leave the option out or name a codec")
@@ -462,6 +465,25 @@ def _smallest_view(config: BuildConfig, beta: int) -> float:
     if config.view_scale is not None:
         return config.view_scale
     return 0.3 if beta == 1 else 1 / math.sqrt(beta)
+
+
+def _check_amount(config: BuildConfig, images: int) -> None:
+    """There must be a pair, and no more shards than a dataset may have, nor files than a work folder should hold."""
+    if images < 2:
+        raise ConfigError(
+            "--ipc: one image in all leaves nothing to pair; a dataset needs at least 2 images, so raise --ipc"
+        )
+    shards = max(1, round(images / config.shard_images))
+    if shards > MAX_SHARDS:
+        raise ConfigError(
+            f"--ipc: {images} images take {shards} shards of --shard-images {config.shard_images}, expected at most "
+            f"{MAX_SHARDS}; raise --shard-images or lower --ipc"
+        )
+    if shards * config.epochs > MAX_UNITS:
+        raise ConfigError(
+            f"--epochs: {config.epochs} epochs of {shards} shards are {shards * config.epochs} units of work, expected "
+            f"at most {MAX_UNITS}; raise --shard-images or lower --epochs"
+        )
 
 
 def _check_others(config: BuildConfig, classes: int) -> None:

@@ -1,4 +1,4 @@
-"""What a GPU has room for: how much is shown to it at once, and the line that says that a build does not fit."""
+"""What a GPU has room for: how much is shown to it at once, and the lines that say that a build does not fit."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import torch
 
 from nrrdd_format.errors import ConfigError
 
+_TORCHS_SHORTAGE = "DefaultCPUAllocator: "
+
 
 @contextmanager
 def named_shortage() -> Iterator[None]:
     """For what runs on the device of a build.
 
     Raises:
-        ConfigError: the GPU's memory is too small for it, or others hold it.
+        ConfigError: the GPU's memory, or the machine's, is too small for it, or others hold it.
     """
     try:
         yield
@@ -24,6 +26,14 @@ def named_shortage() -> Iterator[None]:
         raise ConfigError(
             f"--device: the GPU has too little memory free ({wanted}); lower --batch-size or --size, end other "
             f"programs on it, or use a larger one (--batch-size and --size change the images)"
+        ) from error
+    except (MemoryError, RuntimeError) as error:  # NumPy's, and torch's, which has no class of its own
+        _, is_torchs, wanted = str(error).rpartition(_TORCHS_SHORTAGE)
+        if not is_torchs and not isinstance(error, MemoryError):
+            raise
+        raise ConfigError(
+            f"this machine has too little memory ({' '.join(wanted.split())}); lower --ipc, --batch-size or --size, "
+            f"which changes the images, end other programs, or use a larger one"
         ) from error
 
 

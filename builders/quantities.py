@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 def shown_duration(seconds: float) -> str:
-    """0.31 s, 12 min, 3.4 h, 2.1 d."""
+    """0.31 s, 12 min, 3.4 h, 2.1 d, 7.3 years."""
+    if seconds >= 2 * 365 * 86400:
+        return f"{seconds / (365 * 86400):.3g} years"
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"

@@ -495,6 +495,12 @@ def test_imagenet_without_data_says_in_one_line_what_is_missing(tmp_path: Path) 
         ({"view_scale": 0.0}, "--view-scale: found 0"),
         ({"temperature": 5000.0}, "--temperature: found 5000"),
         ({"seed": 2**63}, "--seed: found 9223372036854775808"),
+        ({"ipc": 10**9}, "--ipc: found 1000000000, expected a value from 1 to 100000"),
+        ({"iterations": 10**21}, "--iterations: found 1000000000000000000000, expected a value from 0 to 1000000"),
+        ({"cam_every": 10**21}, "--cam-every: found 1000000000000000000000, expected a value from 0 to 1000000"),
+        ({"batch_size": 10**21}, "--batch-size: found 1000000000000000000000, expected a value from 2 to 262144"),
+        ({"threads": 100000}, "--threads: found 100000, expected a value from 1 to 1024"),
+        ({"threads": 0}, "--threads: found 0, expected a value from 1 to 1024"),
         ({"epochs": 70000}, "--epochs: found 70000"),
         ({"alpha_bn": float("inf")}, "--alpha-bn: found inf"),
         ({"min_teacher_top1": 85.0}, "--min-teacher-top1: found 85"),
@@ -506,6 +512,26 @@ def test_imagenet_without_data_says_in_one_line_what_is_missing(tmp_path: Path) 
 def test_impossible_options_are_named(source: Path, tmp_path: Path, change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _config(source, tmp_path / "out", **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"ipc": 50000, "shard_images": 2},
+            "--ipc: 150000 images take 75000 shards of --shard-images 2, expected at most 65536; raise --shard-images",
+        ),
+        (
+            {"ipc": 1000, "shard_images": 2, "epochs": 60000},
+            "--epochs: 60000 epochs of 1500 shards are 90000000 units of work, expected at most 10000000; raise",
+        ),
+    ],
+)
+def test_more_than_a_build_can_go_through_is_refused(
+    source: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        build(_config(source, tmp_path / "out", init="noise", **change))
 
 
 @pytest.mark.parametrize("dry", [False, True])
@@ -571,6 +597,25 @@ def test_a_gpu_without_room_is_one_line(
     assert main([*_options(source, tmp_path / "out"), *(["--plan"] if dry else [])]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "(CUDA out of memory. Tried to allocate 2.00 GiB.); lower --batch-size or --size" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError("Unable to allocate 72.8 TiB"), "Unable to allocate 72.8 TiB"),
+        (RuntimeError("[enforce …] DefaultCPUAllocator: can't allocate memory: 4 bytes"), "can't allocate memory"),
+    ],
+)
+def test_a_machine_without_room_is_one_line(
+    source: Path, tmp_path: Path, error: Exception, told: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def fill(*arguments: object, **more: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "refine_batch", fill)
+    assert main(_options(source, tmp_path / "out")) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: this machine has too little memory ({told}") and "lower --ipc" in line
 
 
 def test_what_the_system_refuses_elsewhere_is_one_line_too(

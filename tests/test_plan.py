@@ -292,6 +292,8 @@ def test_unusable_images(source: Path, tmp_path: Path) -> None:
         (120, "2.0 min"),
         (7200, "2.0 h"),
         (2e6, "23.1 d"),
+        (1e8, "3.17 years"),
+        (1e12, "3.17e+04 years"),
     ],
 )
 def test_durations(seconds: float, text: str) -> None:

@@ -66,7 +66,7 @@ def hold_out(train: Path, out: Path, *, per_class: int, seed: int) -> tuple[int,
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         whole = Path(scratch) / out.name
         for number, folder in enumerate(class_folders(train)):
-            names = list(image_names(train, folder))
+            names = image_names(train, folder)
             if not 1 <= per_class < len(names):
                 raise DataError(
                     f"{train / folder}: {len(names)} images, of which --per-class {per_class} are to be held out; "

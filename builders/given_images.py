@@ -23,10 +23,10 @@ from PIL import Image
 from builders.class_names import are_wnids, beside, name_wnids, some
 from builders.config import HUB_PREFIX, EncodingSettings
 from builders.encoding import encode_image
-from builders.folders import class_folders, image_names
+from builders.folders import class_folders, list_folders, natural_side, with_ignored
 from builders.hub_images import is_hub_folder, load_hub_images
 from builders.image_folder import Classes, read_classes, read_image_file
-from builders.image_sets import MAX_SIZE, Columns, FileImages, FolderImages, first_side, members_by_class, named_faults
+from builders.image_sets import MAX_SIZE, Columns, FileImages, members_by_class, named_faults
 from builders.images import UnusableImage
 from builders.prefetch import in_processes, named_deaths, reading_processes
 from builders.progress import Progress
@@ -93,16 +93,8 @@ def find_folders(root: Path) -> FoundImages:
     if is_hub_folder(root):
         raise DataError(f"{root}: is a dataset of Hugging Face, not a folder of class folders; write hf:{root}")
     folders = class_folders(root)
-    names = [list(image_names(root, folder)) for folder in folders]
-    images = FolderImages(
-        root=root,
-        names=[name for of_class in names for name in of_class],
-        labels=np.repeat(np.arange(len(folders)), [len(of_class) for of_class in names]),
-        size=MAX_SIZE,
-    )
-    side = first_side((images.file(index) for index in range(len(images))), MAX_SIZE)
-    if side is None:
-        raise DataError(f"{root}: found no usable image in the folders {some(folders)}")
+    images = list_folders(root, folders, MAX_SIZE)
+    side = natural_side(images, folders, MAX_SIZE)
     return _ordered(str(root), folders, read_classes(root, folders), images, side)
 
 
@@ -213,14 +205,14 @@ def take_given(
     """
     members = members_by_class(found.images.labels, len(found.folders))
     by_class = [members[label] for label in chosen]
-    taken = _images_per_class(found.place, [len(indices) for indices in by_class], class_names, ipc)
+    taken = _images_per_class(found, [len(indices) for indices in by_class], class_names, ipc)
     indices = np.stack([indices[:taken] for indices in by_class], axis=1).ravel()
     files = found.images.arranged(indices, np.arange(len(indices)) % len(chosen), size)
     sha256, codec = _survey(found.place, files)
     return GivenImages(place=found.place, files=files, ipc=taken, codec=codec, sha256=sha256)
 
 
-def _images_per_class(place: str, counts: Sequence[int], class_names: Sequence[str], ipc: int) -> int:
+def _images_per_class(found: FoundImages, counts: Sequence[int], class_names: Sequence[str], ipc: int) -> int:
     least, most = min(counts), max(counts)
     wanted = ipc or most
     few = [f"{name} ({n})" for name, n in zip(class_names, counts, strict=True) if n < wanted]
@@ -229,11 +221,14 @@ def _images_per_class(place: str, counts: Sequence[int], class_names: Sequence[s
     if ipc or not least:
         expected = f"{ipc} or more, as --ipc says" if ipc else "at least one"
         short = few if ipc else [f"{name} (0)" for name, n in zip(class_names, counts, strict=True) if not n]
-        raise DataError(f"{place}: too few images in {some(short)}; expected {expected}")
-    raise DataError(
-        f"{place}: the classes have {least} to {most} images, fewer than {most} in {some(few)}; a dataset has equally "
-        f"many of each: complete them, or take the first {least} of each with --ipc {least}"
+        raise DataError(
+            with_ignored(f"{found.place}: too few images in {some(short)}; expected {expected}", found.images)
+        )
+    message = (
+        f"{found.place}: the classes have {least} to {most} images, fewer than {most} in {some(few)}; a dataset has "
+        f"equally many of each: complete them, or take the first {least} of each with --ipc {least}"
     )
+    raise DataError(with_ignored(message, found.images))
 
 
 def _survey(place: str, files: FileImages) -> tuple[str, Codec | None]:

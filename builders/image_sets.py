@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -52,12 +52,16 @@ class ImageSet(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class FolderImages:
-    """Image files below `root`; `names` are their paths relative to it, with forward slashes."""
+    """Image files below `root`; `names` are their paths relative to it, with forward slashes.
+
+    `ignored` counts, by ending, the files beside them that have no image's ending.
+    """
 
     root: Path
     names: list[str]
     labels: NDArray[np.int64]
     size: int
+    ignored: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from builders.class_names import select_classes, some
 from builders.config import BuildConfig
 from builders.conventions import DATASETS
+from builders.folders import ignored_notes
 from builders.given_images import FoundImages, GivenImages, find_folders, find_table, match_classes, take_given
 from builders.image_sets import PLAIN, Columns, ImageSet
 from builders.sources import (
@@ -34,13 +35,13 @@ class Inputs:
         source: the source dataset; where only given images are there, their classes under its conventions.
         given: the distilled images that exist already; None: the build makes them.
         real: real images to test the teacher on; None: there are none.
-        notice: what the user should know of how the images were read.
+        notices: what the user should know of how the images were read, each a line.
     """
 
     source: Source
     given: GivenImages | None = None
     real: ImageSet | None
-    notice: str | None = None
+    notices: tuple[str, ...] = ()
 
 
 def load_inputs(config: BuildConfig) -> Inputs:
@@ -52,9 +53,13 @@ def load_inputs(config: BuildConfig) -> Inputs:
     """
     if config.from_images is not None:
         check_name(config.dataset)
-        return _load_given(config, _find_given(config, config.from_images))
-    source = _load_source(config, config.size)
-    return Inputs(source=source, real=source.test if source.test is not None else source.train)
+        inputs = _load_given(config, _find_given(config, config.from_images))
+    else:
+        source = _load_source(config, config.size)
+        inputs = Inputs(source=source, real=source.test if source.test is not None else source.train)
+    given = None if inputs.given is None else inputs.given.files
+    ignored = ignored_notes(given, inputs.source.train, inputs.source.test)
+    return replace(inputs, notices=inputs.notices + ignored)
 
 
 def _find_given(config: BuildConfig, place: Path) -> FoundImages:
@@ -100,7 +105,7 @@ def _load_given(config: BuildConfig, found: FoundImages) -> Inputs:
         source=source,
         given=take_given(found, chosen, source.class_names, ipc=config.ipc, size=source.size),
         real=source.test if source.test is not None else source.train,
-        notice=_paired(found.folders, source) if by_position else None,
+        notices=(_paired(found.folders, source),) if by_position else (),
     )
 
 

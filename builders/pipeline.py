@@ -128,8 +128,8 @@ def check_teacher(job: Job) -> float | None:
 
     Given images are tested too: their folders may stand in another order than the source's classes.
     """
-    if job.inputs.notice is not None:
-        job.ranks.say(job.inputs.notice)
+    for notice in job.inputs.notices:
+        job.ranks.say(notice)
     top1 = None if job.inputs.real is None else _test_teacher(job, job.inputs.real, "real images")
     if job.given is not None:
         _test_teacher(job, job.given.files, "the given images")

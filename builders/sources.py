@@ -9,9 +9,9 @@ from pathlib import Path
 from builders.array_sources import load_cifar, load_digits
 from builders.class_names import are_wnids, beside, check_wnids, name_wnids, select_classes, some
 from builders.conventions import DATASETS, Colour, default_model
-from builders.folders import class_folders, image_names, list_classes, list_test
+from builders.folders import class_folders, list_classes, list_test, natural_side
 from builders.hub_images import load_hub
-from builders.image_sets import MAX_SIZE, MIN_SIZE, PLAIN, Columns, ImageSet, Place, Splits, first_side, named_faults
+from builders.image_sets import MAX_SIZE, MIN_SIZE, PLAIN, Columns, ImageSet, Place, Splits, named_faults
 from builders.tar_images import TarPlaces, load_tars
 from nrrdd_format.errors import ConfigError, DataError
 from nrrdd_format.files import default_cache_dir
@@ -191,12 +191,13 @@ def _split_source(
     names = name_wnids(root or train, folders) if dataset.wnids else folders
     chosen = select_classes(names, folders if dataset.wnids else None, classes)
     kept = [folders[label] for label in chosen]
-    side = size or dataset.size or natural_side(train, kept, LARGEST_DEFAULT)
+    images = list_classes(train, kept, MAX_SIZE)
+    side = size or dataset.size or natural_side(images, kept, LARGEST_DEFAULT)
     return make_source(
         name,
         class_names=[names[label] for label in chosen],
         wnids=kept if dataset.wnids else None,
-        train=list_classes(train, kept, side),
+        train=replace(images, size=side),
         test=None if test is None else list_test(test, kept, folders, side),
         size=side,
     )
@@ -280,18 +281,6 @@ def _check_classes(name: str, train: Path, folders: list[str]) -> None:
         )
     if len(folders) < 2:
         raise DataError(f"{train}: found 1 class folder ({folders[0]}), expected 2 or more: {dataset.layout}")
-
-
-def natural_side(train: Path, folders: Sequence[str], largest: int) -> int:
-    """The side at which images of no size of their own are read (see `first_side`).
-
-    Raises:
-        DataError: no image is usable.
-    """
-    side = first_side((train / name for folder in folders for name in image_names(train, folder)), largest)
-    if side is None:
-        raise DataError(f"{train}: found no usable image in the folders {some(folders)}")
-    return side
 
 
 def _check_columns(name: str, columns: Columns) -> None:

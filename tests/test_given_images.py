@@ -327,7 +327,7 @@ def test_a_test_split_alone_names_the_classes_and_tests_the_teacher(made: Path, 
     inputs = load_inputs(config(tmp_path / "out", from_images=given, test_dir=made / "real"))
     assert inputs.source.class_names == list(CLASSES)
     assert inputs.real is not None and len(inputs.real) == 9
-    assert inputs.notice is not None and "new000 = ape, new001 = bee" in inputs.notice
+    assert "new000 = ape, new001 = bee" in " ".join(inputs.notices)
 
 
 # Classes
@@ -483,6 +483,26 @@ def test_of_many_damaged_images_the_first_few_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^[^\n]*syn: ape/0\.jpg: [^\n]*, bee/0\.jpg: [^\n]*, … \(9 in all\); replace"):
         refuse_unusable(given.place, given.files, range(12), processes=2)
     refuse_unusable(given.place, given.files, range(9, 12), processes=1)
+
+
+def test_files_that_are_ignored_for_their_ending_are_said(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    syn = write_images(tmp_path / "syn")
+    for name in ("ape/2.JFIF", "bee/deep.er/2.avif", "bee/3.jfif", "cat/none", "cat/notes.txt", "cat/.hidden.jfif"):
+        (syn / name).parent.mkdir(exist_ok=True)
+        (syn / name).write_bytes(picture(0))
+    for name in ("real", "teacher.pt"):
+        (tmp_path / name).symlink_to(made / name)
+    assert main([*options(tmp_path, tmp_path / "out"), "--plan"]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "ignored" in line]
+    assert line == (
+        f"{syn}: ignored 4 files for the ending (.avif, .jfif, none), read are .bmp, .gif, .jpeg, .jpg, .pgm, .png, "
+        ".ppm, .tif, .tiff, .webp"
+    )
+    (syn / "ape" / "0.jpg").rename(syn / "ape" / "0.jfif")
+    with pytest.raises(DataError, match=r"--ipc 1; ignored 5 files for the ending \(\.avif, \.jfif, none\)"):
+        take(syn)
 
 
 # Options

@@ -134,7 +134,7 @@ def test_classes_match_by_name_whatever_their_numbers(tmp_path: Path) -> None:
     save(tmp_path / "syn", [0, 1, 2], datasets.ClassLabel(names=["cat", "ape", "bee"]))
     found = inputs(tmp_path, tmp_path / "syn", data_dir=real_images(tmp_path / "real", CLASSES))
     assert found.given is not None
-    assert (names(found.given), found.notice) == ([f"train/000000{k}" for k in (1, 2, 0)], None)
+    assert (names(found.given), found.notices) == ([f"train/000000{k}" for k in (1, 2, 0)], ())
     with pytest.raises(DataError, match=r"hf:.*syn: found no class dog"):
         inputs(tmp_path, tmp_path / "syn", data_dir=real_images(tmp_path / "other", ["ape", "cat", "dog"]))
     subset = given(tmp_path, tmp_path / "syn", data_dir=tmp_path / "real", classes=("ape", "cat"))
@@ -151,7 +151,7 @@ def test_numbers_are_taken_in_their_order_and_said(tmp_path: Path, as_text: bool
     found = inputs(tmp_path, tmp_path / "syn", data_dir=real)
     assert found.given is not None
     assert names(found.given) == [f"train/{k:07d}" for k in labels]
-    assert found.notice is not None and "0 = class 00, 1 = class 01" in found.notice
+    assert "0 = class 00, 1 = class 01" in " ".join(found.notices)
 
 
 def test_wnids_match_and_get_their_words(tmp_path: Path) -> None:

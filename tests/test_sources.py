@@ -16,6 +16,7 @@ from PIL import Image
 from trap import Trap
 
 from builders.conventions import DATASETS, default_model
+from builders.folders import ignored_notes
 from builders.image_sets import ArrayImages
 from builders.sources import Source, load_source
 from nrrdd_format.errors import ConfigError, DataError
@@ -214,6 +215,25 @@ def test_only_images_in_sight_count(pets: Path) -> None:
     source = image_folder(pets)
     assert source.class_names == ["ant", "cat"]
     assert len(source.train) == 6
+
+
+def test_files_without_an_images_ending_are_counted(pets: Path) -> None:
+    for name in (
+        "train/ant/3.heic",
+        "train/cat/3.HEIC",
+        "test/cat/2.jfif",
+        "train/cat/boxes.txt",
+        "train/cat/._3.heic",
+    ):
+        (pets / name).write_text("x")
+    source = image_folder(pets)
+    train, test = ignored_notes(source.train, source.test, None, source.train)
+    assert train.startswith(f"{pets}/train: ignored 2 files for the ending (.heic), read are .bmp, ")
+    assert test.startswith(f"{pets}/test: ignored 1 file for the ending (.jfif), ")
+    assert ignored_notes(image_folder(pets, classes=["ant", "cat"], test_dir=pets / "train").train) == (train,)
+    for path in (pets / "train" / "cat").glob("*.png"):
+        path.rename(path.with_suffix(".avif"))
+    refuse(r"found no images for cat; add .*; ignored 5 files for the ending \(\.avif, \.heic\)", data_dir=pets)
 
 
 def test_a_broken_file_with_an_images_ending_is_listed(pets: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,8 @@ examples:
   nrrdd teacher --dataset cifar10 --data-dir data/cifar10 --architecture resnet18-small --out cifar10-teacher.pt
 architectures: conv3, conv4, conv5 (also with a width: conv3-w32), resnet18-small (also resnet18-small-w16),
 or any classification model of torchvision. OUT.json beside the checkpoint records the settings and the test top-1.
-Interrupted, the same command goes on after the last finished epoch; finished, it changes nothing.
+Interrupted, the same command goes on after the last finished epoch; finished, it changes nothing but the test top-1,
+which is measured anew where the test images are others.
 """
 
 STUDENT_EPILOG = """\
@@ -97,19 +99,10 @@ class _VerbParser(argparse.ArgumentParser):
 def run_teacher(options: argparse.Namespace) -> int:
     """`nrrdd teacher`."""
     from benchmarks.teacher import TeacherConfig, log_path, summary, train_and_save
+    from builders.folders import ignored_notes
     from builders.image_sets import Columns
     from builders.sources import load_source
 
-    _require_writable(options.out)
-    source = load_source(
-        options.source,
-        data_dir=options.data_dir,
-        test_dir=options.test_dir,
-        classes=options.classes,
-        size=options.size,
-        columns=Columns(image=options.image_column, label=options.label_column),
-        cache_dir=options.cache_dir,
-    )
     device = pick_device(options.device)
     config = TeacherConfig(
         architecture=options.architecture,
@@ -121,6 +114,18 @@ def run_teacher(options: argparse.Namespace) -> int:
         device=device,
         bf16=device == "cuda" if options.bf16 is None else options.bf16,
     )
+    _require_writable(options.out)
+    source = load_source(
+        options.source,
+        data_dir=options.data_dir,
+        test_dir=options.test_dir,
+        classes=options.classes,
+        size=options.size,
+        columns=Columns(image=options.image_column, label=options.label_column),
+        cache_dir=options.cache_dir,
+    )
+    for note in ignored_notes(source.train, source.test):
+        print(note, file=sys.stderr)
     log = train_and_save(source, config, options.out)
     print(f"{options.out}: {summary(log)}; log in {log_path(options.out)}")
     return 0

@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from builders.bounds import positive
 from builders.config import pair_teachers
 from builders.ensemble import JOINT, load_teachers
 from builders.image_sets import PLAIN, Columns, Place
@@ -80,11 +81,11 @@ class StudentConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        _positive("--epochs", self.epochs)
-        _positive("--learning-rate", self.learning_rate)
-        _positive("--soft-temperature", self.soft_temperature)
+        positive("--epochs", self.epochs)
+        positive("--learning-rate", self.learning_rate)
+        positive("--soft-temperature", self.soft_temperature)
         if self.batch_size is not None:
-            _positive("--batch-size", self.batch_size)
+            positive("--batch-size", self.batch_size)
         for name, labels in LABELS_OF_OPTION.items():
             if self.labels not in labels and getattr(self, name) != getattr(StudentConfig, name):
                 raise ConfigError(
@@ -381,8 +382,3 @@ def _settings(config: StudentConfig, architecture: str, batch_size: int) -> dict
     files = config.teacher_checkpoint
     resolved["teacher_checkpoint"] = [str(file) for file in files] if isinstance(files, tuple) else files and str(files)
     return resolved
-
-
-def _positive(option: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ConfigError(f"{option}: found {value}, expected a positive number")

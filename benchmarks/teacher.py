@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results_io import hardware, make_folder, write_json
+from builders.class_names import some
 from builders.progress import Progress
+from builders.reading import Skipped
 from builders.sources import Source
-from builders.teacher import save_checkpoint
-from builders.train_teacher import TrainedTeacher, train_teacher
-from nrrdd_format.errors import OutputError, shown
+from builders.teacher import load_teacher, save_checkpoint
+from builders.train_teacher import TrainedTeacher, check_options, run_test, train_teacher
+from nrrdd_format.errors import OutputError, counted, shown
 
 WITHOUT_EFFECT = ("workers", "device")
 """Settings that do not decide which teacher comes out."""
@@ -34,12 +36,22 @@ class TeacherConfig:
     bf16: bool = False
     """Compute under bfloat16 autocast."""
 
+    def __post_init__(self) -> None:
+        check_options(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+            workers=self.workers,
+        )
+
 
 def train_and_save(source: Source, config: TeacherConfig, out: Path) -> dict[str, Any]:
     """Trains a teacher, writes it to `out` and its log to `<out>.json`; returns the log.
 
     An interrupted training goes on from `<out>.state`, which is removed once the checkpoint is there. Where that is
-    there already, trained with the same settings, nothing is done.
+    there already, trained with the same settings, it is at most tested anew: on test images that the log does not name.
+    Unusable images are named in the log.
 
     Raises:
         ConfigError: an option that cannot work.
@@ -58,12 +70,13 @@ def train_and_save(source: Source, config: TeacherConfig, out: Path) -> dict[str
     }
     state = out.with_name(out.name + ".state")
     if out.exists():
-        log = _finished_log(out, settings)
-        print(f"{out}: trained already with these settings", file=sys.stderr)
+        log = _with_test(_finished_log(out, settings), source, config.device, out)
     else:
         trained = _train(source, config, architecture, state)
-        log = settings | {"test_top1": trained.top1, "hardware": hardware()}
+        log = settings | _tested(source, trained.top1, trained.skipped_tests) | {"hardware": hardware()}
+        log["skipped_images"] = _named(trained.skipped)
         write_json(log_path(out), log)  # before the checkpoint, so that no checkpoint is without one
+        _say_skipped(out, [*trained.skipped, *trained.skipped_tests])
         save_checkpoint(out, trained.model, architecture, source.class_names, (source.mean, source.std))
     state.unlink(missing_ok=True)
     return log
@@ -90,6 +103,44 @@ def _finished_log(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
                 f"{shown(wanted)} here); {remedy}"
             )
     return log
+
+
+def _with_test(log: dict[str, Any], source: Source, device: str, out: Path) -> dict[str, Any]:
+    """The log of a finished teacher; where the test images are others than those it names, with a new test on these."""
+    done = f"{out}: trained already with these settings"
+    if source.test is None or log.get("test_fingerprint") == source.test.fingerprint():
+        print(done, file=sys.stderr)
+        return log
+    teacher = load_teacher(
+        None,
+        out,
+        num_classes=len(source.class_names),
+        image_size=source.size,
+        device=device,
+        class_names=source.class_names,
+    )
+    top1, skipped = run_test(teacher.model, source, source.test, device)
+    print(f"{done}; tested anew, on test images that its log did not name", file=sys.stderr)
+    _say_skipped(out, skipped)
+    log = log | _tested(source, top1, skipped)
+    write_json(log_path(out), log)
+    return log
+
+
+def _tested(source: Source, top1: float | None, skipped: Skipped) -> dict[str, Any]:
+    """What a log says of the test."""
+    fingerprint = None if source.test is None else source.test.fingerprint()
+    return {"test_top1": top1, "test_fingerprint": fingerprint, "skipped_test_images": _named(skipped)}
+
+
+def _named(skipped: Skipped) -> list[dict[str, str]]:
+    return [{"image": name, "reason": reason} for name, reason in skipped]
+
+
+def _say_skipped(out: Path, skipped: Skipped) -> None:
+    if skipped:
+        count = counted(len(skipped), "unusable source image")
+        print(f"{count} skipped, named in {log_path(out)}: {some([name for name, _ in skipped])}", file=sys.stderr)
 
 
 def log_path(checkpoint: Path) -> Path:

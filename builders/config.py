@@ -13,6 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
+from builders.bounds import MAX_IPC, MAX_SEED, MAX_STEPS, MAX_THREADS, at_least, between, positive
 from builders.image_sets import Place
 from builders.sources import Source
 from nrrdd_format.errors import ConfigError, counted
@@ -31,8 +32,6 @@ from nrrdd_format.limits import (
 BLOCK_PAIRS = 20_000
 """Pairs that are compressed together, about: fewer cost bytes, more cost time where one epoch is read."""
 
-MAX_IPC, MAX_STEPS, MAX_THREADS = 100_000, 1_000_000, 1024
-"""Far beyond what a class has images, a refinement takes or a machine has; where more is asked for, a digit slipped."""
 MAX_UNITS = 10_000_000
 """Epochs of shards: each is a file in the work folder."""
 
@@ -278,35 +277,35 @@ class BuildConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        _between("--ipc", self.ipc, 1 if self.from_images is None else 0, MAX_IPC)
+        between("--ipc", self.ipc, 1 if self.from_images is None else 0, MAX_IPC)
         self._check_given()
-        _between("--iterations", self.iterations, 0, MAX_STEPS)
-        _between("--batch-size", self.batch_size, 2, MAX_IMAGES)
-        _between("--epochs", self.epochs, 1, MAX_EPOCHS)
-        _between("--cycle", self.cycle, 2, MAX_IMAGES)
-        _between("--mix-group", self.mix_group, 1, MAX_IMAGES)
-        _between("--shard-images", self.shard_images, 2, MAX_DRAWN_IMAGES)
-        _between("--seed", self.seed, 0, 2**63 - 1)
-        _between("--distance-levels", self.distance_levels, 2, MAX_LEVELS)
-        _between("--views", self.views, 1, MAX_VIEWS)
-        _between("--mixes", self.mixes, 1, MAX_MIXES)
-        _between("--priors", self.priors, 0, MAX_CLASSES - 1)
-        _between("--further", self.further, 0, MAX_FURTHER)
-        _between("--epsilon", self.epsilon, 0, 1)
-        _between("--cam-every", self.cam_every, 0, MAX_STEPS)
-        _positive("--learning-rate", self.learning_rate)
-        _between("--temperature", self.temperature, 1e-3, 1e3)
-        _at_least("--alpha-bn", self.alpha_bn, 0)
-        _at_least("--alpha-lr", self.alpha_lr, 0)
+        between("--iterations", self.iterations, 0, MAX_STEPS)
+        between("--batch-size", self.batch_size, 2, MAX_IMAGES)
+        between("--epochs", self.epochs, 1, MAX_EPOCHS)
+        between("--cycle", self.cycle, 2, MAX_IMAGES)
+        between("--mix-group", self.mix_group, 1, MAX_IMAGES)
+        between("--shard-images", self.shard_images, 2, MAX_DRAWN_IMAGES)
+        between("--seed", self.seed, 0, MAX_SEED)
+        between("--distance-levels", self.distance_levels, 2, MAX_LEVELS)
+        between("--views", self.views, 1, MAX_VIEWS)
+        between("--mixes", self.mixes, 1, MAX_MIXES)
+        between("--priors", self.priors, 0, MAX_CLASSES - 1)
+        between("--further", self.further, 0, MAX_FURTHER)
+        between("--epsilon", self.epsilon, 0, 1)
+        between("--cam-every", self.cam_every, 0, MAX_STEPS)
+        positive("--learning-rate", self.learning_rate)
+        between("--temperature", self.temperature, 1e-3, 1e3)
+        at_least("--alpha-bn", self.alpha_bn, 0)
+        at_least("--alpha-lr", self.alpha_lr, 0)
         if self.threads is not None:
-            _between("--threads", self.threads, 1, MAX_THREADS)
+            between("--threads", self.threads, 1, MAX_THREADS)
         if self.min_teacher_top1 is not None:
-            _between("--min-teacher-top1", self.min_teacher_top1, 0, 1)
+            between("--min-teacher-top1", self.min_teacher_top1, 0, 1)
         if self.view_scale is not None:
-            _positive("--view-scale", self.view_scale)
-            _between("--view-scale", self.view_scale, 0, 1)
+            positive("--view-scale", self.view_scale)
+            between("--view-scale", self.view_scale, 0, 1)
         if self.image_quality is not None:
-            _between("--image-quality", self.image_quality, 1, 100)
+            between("--image-quality", self.image_quality, 1, 100)
 
     def _check_given(self) -> None:
         """Refuses options that would have no effect."""
@@ -503,18 +502,3 @@ def _check_beta(beta: int, size: int) -> None:
             f"--beta: {beta} patches do not tile an image of {size} px evenly; choose --beta or --size so that "
             f"√β divides the side"
         )
-
-
-def _at_least(option: str, value: float, low: float) -> None:
-    if not low <= value < math.inf:
-        raise ConfigError(f"{option}: found {value}, expected {low} or more")
-
-
-def _between(option: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ConfigError(f"{option}: found {value}, expected a value from {low} to {high}")
-
-
-def _positive(option: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ConfigError(f"{option}: found {value}, expected a positive number")

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from builders.bounds import MAX_SEED, between
 from builders.class_names import some
 from builders.fkd_layout import SAMPLER_SEED, FkdBatch, batch_path, sampler_orders, write_batch
 from builders.image_folder import CLASSES_FILE, Classes, class_folders, classes_text
@@ -25,7 +26,7 @@ from nrrdd_format.codebooks import mix_codebook, view_codebook
 from nrrdd_format.copies import new_folder
 from nrrdd_format.dataset import DistilledDataset
 from nrrdd_format.decoding import decode_image
-from nrrdd_format.errors import ConfigError, DataError, FormatError, OutputError, TeacherError
+from nrrdd_format.errors import DataError, FormatError, OutputError, TeacherError
 from nrrdd_format.limits import MAX_EPOCHS, MAX_VIEWS
 from nrrdd_format.replay import PairTensors, replay, stack_images
 
@@ -46,10 +47,10 @@ class FkdConfig:
     """Of views, flips and mixes."""
 
     def __post_init__(self) -> None:
-        _between("--epochs", self.epochs, 1, MAX_EPOCHS)
-        _between("--batch-size", self.batch_size, 1, MAX_VIEWS)
-        _between("--sampler-seed", self.sampler_seed, 0, 2**63 - 1)
-        _between("--seed", self.seed, 0, 2**63 - 1)
+        between("--epochs", self.epochs, 1, MAX_EPOCHS)
+        between("--batch-size", self.batch_size, 1, MAX_VIEWS)
+        between("--sampler-seed", self.sampler_seed, 0, MAX_SEED)
+        between("--seed", self.seed, 0, MAX_SEED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,8 +217,3 @@ def _write(path: Path, data: bytes) -> None:
             file.write(data)
     except OSError as error:
         raise OutputError(f"{path}: cannot write ({error.strerror}); make room or choose another --to") from error
-
-
-def _between(option: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise ConfigError(f"{option}: found {value}, expected {low} to {high}")

@@ -59,7 +59,7 @@ def read_sample(images: ImageSet) -> tuple[NDArray[np.uint8], float]:
         DataError: none of them is usable.
     """
     order = draws.permutation(0, "plan-images", count=len(images))[:SAMPLE]
-    (pixels, _), seconds = _timed(lambda: read_usable(images, order.tolist()))
+    (pixels, *_), seconds = _timed(lambda: read_usable(images, order.tolist()))
     if not len(pixels):
         raise DataError(f"none of {len(order)} images is usable, the first being {images.name(int(order[0]))}")
     return pixels.numpy(), seconds / len(order)
@@ -80,7 +80,7 @@ def discovery_seconds(job: Job, read_seconds: float, processes: int) -> float:
     ipc = min(settings.ipc, max(1, DISCOVERED // max(1, settings.images_needed // settings.ipc)))
     small = replace(settings, ipc=ipc)
     members = np.flatnonzero(train.labels == 0)[: 2 * small.images_needed].tolist()
-    pixels, labels = (part[: small.images_needed].numpy() for part in read_usable(train, members))
+    pixels, labels = (part[: small.images_needed].numpy() for part in read_usable(train, members)[:2])
     if len(labels) < small.images_required:
         name = job.source.class_names[0]
         raise DataError(f"class {name}: {len(labels)} of the first {len(members)} training images are usable")

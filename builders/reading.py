@@ -14,21 +14,24 @@ from torch.utils.data import DataLoader, Dataset
 from builders.image_sets import ImageSet
 from builders.images import UnusableImage
 
-Batch = tuple[Tensor, Tensor]
-"""Images (B, 3, S, S) uint8 and their labels (B,) int64."""
+Skipped = list[tuple[str, str]]
+"""Names of unusable images, each with the reason."""
+Batch = tuple[Tensor, Tensor, Skipped]
+"""Images (B, 3, S, S) uint8, their labels (B,) int64, and what was left out."""
 _NO_IMAGES = torch.empty((0, 3, 1, 1), dtype=torch.uint8)
 
 
 def read_usable(images: ImageSet, indices: Iterable[int]) -> Batch:
     """Reads the images with these indices, in order, leaving out the unusable ones."""
-    pixels, labels = [], []
+    pixels, labels, skipped = [], [], []
     for index in indices:
         try:
             pixels.append(torch.from_numpy(images.read(index)))
-        except UnusableImage:
+        except UnusableImage as error:
+            skipped.append((images.name(index), error.reason))
             continue
         labels.append(int(images.labels[index]))
-    return torch.stack(pixels) if pixels else _NO_IMAGES, torch.tensor(labels, dtype=torch.int64)
+    return torch.stack(pixels) if pixels else _NO_IMAGES, torch.tensor(labels, dtype=torch.int64), skipped
 
 
 def read_batches(images: ImageSet, batches: Sequence[NDArray[np.int64]], workers: int = 0) -> Iterator[Batch]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError  # what torch.load(weights_only=True) raises when it refuses a file
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from builders.conventions import Colour
 from builders.image_sets import ImageSet
 from builders.models import IMAGENET_CLASSES, create_model
-from builders.reading import read_batches
+from builders.reading import Skipped, read_batches
 from builders.timm_models import PREFIX, timm_normalisation
 from nrrdd_format import draws
 from nrrdd_format.errors import TeacherError
@@ -127,13 +127,14 @@ def measure_top1(
     *,
     device: torch.device | str,
     limit: int | None = None,
+    on_skipped: Callable[[Skipped], object] = lambda skipped: None,
 ) -> float:
     """Share of the usable images whose label has the highest logit; for the arguments see `predict`.
 
     Raises:
         TeacherError: there is no usable image.
     """
-    labels, predicted = predict(model, images, mean, std, device=device, limit=limit)
+    labels, predicted = predict(model, images, mean, std, device=device, limit=limit, on_skipped=on_skipped)
     return float((labels == predicted).mean())
 
 
@@ -146,6 +147,7 @@ def predict(
     *,
     device: torch.device | str,
     limit: int | None = None,
+    on_skipped: Callable[[Skipped], object] = lambda skipped: None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Labels of the usable images, and the classes with the highest logit. Leaves the model in the mode it was in.
 
@@ -155,6 +157,7 @@ def predict(
         mean, std: of a pixel's value / 255, one per channel.
         device: where to compute.
         limit: test only this many images, drawn over the whole set.
+        on_skipped: told which images of a batch are unusable.
 
     Raises:
         TeacherError: there is no usable image.
@@ -163,7 +166,8 @@ def predict(
     was_training = model.training
     model.eval()
     known, predicted = [], []
-    for pixels, labels in read_batches(images, _split(np.sort(order), TEST_BATCH)):
+    for pixels, labels, skipped in read_batches(images, _split(np.sort(order), TEST_BATCH)):
+        on_skipped(skipped)
         if len(labels):
             logits = model(normalize(pixels.to(device), mean, std))
             predicted.append(logits.argmax(1).cpu().numpy())

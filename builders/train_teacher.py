@@ -24,14 +24,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 
+from builders.bounds import MAX_SEED, MAX_STEPS, MAX_THREADS, between, positive
 from builders.image_sets import ImageSet
 from builders.models import create_model
-from builders.reading import Batch, read_batches, read_usable
+from builders.reading import Batch, Skipped, read_batches, read_usable
 from builders.sources import Source
 from builders.teacher import load_weights_only, measure_top1
 from nrrdd_format import draws
 from nrrdd_format.errors import ConfigError, DataError, TeacherError, counted
 from nrrdd_format.files import atomic_write
+from nrrdd_format.limits import MAX_IMAGES
 from nrrdd_format.replay import apply_views, normalize
 
 IN_MEMORY_SIDE = 64
@@ -55,10 +57,15 @@ class EpochReport:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedTeacher:
-    """The trained network in eval mode; `top1` is its share of right answers on the test images, if there are any."""
+    """The trained network in eval mode; `top1` is its share of right answers on the test images, if there are any.
+
+    `skipped` are the unusable training images that were met, and `skipped_tests` those of the test.
+    """
 
     model: nn.Module
     top1: float | None
+    skipped: Skipped
+    skipped_tests: Skipped
 
 
 def train_teacher(
@@ -96,7 +103,7 @@ def train_teacher(
         TeacherError: training diverged; its state is removed.
         OutputError: the state cannot be written.
     """
-    _check(epochs, batch_size, learning_rate)
+    check_options(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed, workers=workers)
     run = _Run(
         architecture=architecture,
         epochs=epochs,
@@ -124,8 +131,15 @@ def train_teacher(
             trainer.save(state_path, epoch + 1)
         on_epoch(report)
     model = trainer.model.eval()
-    top1 = measure_top1(model, source.test, source.mean, source.std, device=device) if source.test is not None else None
-    return TrainedTeacher(model=model, top1=top1)
+    top1, skipped = (None, []) if source.test is None else run_test(model, source, source.test, device)
+    return TrainedTeacher(model=model, top1=top1, skipped=sorted(feed.skipped.items()), skipped_tests=skipped)
+
+
+def run_test(model: nn.Module, source: Source, images: ImageSet, device: torch.device | str) -> tuple[float, Skipped]:
+    """The top-1 share on test images of the source, and which of them are unusable."""
+    skipped: Skipped = []
+    top1 = measure_top1(model, images, source.mean, source.std, device=device, on_skipped=skipped.extend)
+    return top1, skipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +182,7 @@ class _Trainer:
         totals = torch.zeros(2, device=self.device, dtype=torch.float64)  # loss, right answers
         seen = 0
         with _seeded(self.run.seed, "teacher-dropout", epoch):
-            for step, (images, labels) in enumerate(self.feed.batches(self.run, epoch)):
+            for step, (images, labels, _) in enumerate(self.feed.batches(self.run, epoch)):
                 if len(labels) < 2:  # almost all images of the batch are unusable, and BatchNorm needs two
                     continue
                 images, labels = images.to(self.device), labels.to(self.device)
@@ -226,15 +240,20 @@ class _Trainer:
 
 
 class _Feed:
-    """The training images in batches: small ones from memory, large ones read by worker processes."""
+    """The training images in batches: small ones from memory, large ones read by worker processes.
+
+    `skipped` holds the unusable ones that were met, by name, with the reason.
+    """
 
     def __init__(self, train: ImageSet, size: int, workers: int) -> None:
         self._train, self._workers = train, workers
+        self.skipped: dict[str, str] = {}
         self._memory: Batch | None = None
         self._count = len(train)
         if size <= IN_MEMORY_SIDE:
             self._memory = read_usable(train, range(self._count))
             self._count = len(self._memory[1])
+            self.skipped.update(self._memory[2])
         if self._count < 2:
             raise DataError(
                 f"{counted(self._count, 'usable training image')}; a teacher needs at least 2, and in earnest thousands"
@@ -248,8 +267,13 @@ class _Feed:
         order = draws.permutation(run.seed, "teacher-order", epoch, count=self._count)
         batches = np.array_split(order, self.steps(run.batch_size))
         if self._memory is None:
-            return read_batches(self._train, batches, self._workers)
-        return ((self._memory[0][batch], self._memory[1][batch]) for batch in batches)
+            yield from map(self._noted, read_batches(self._train, batches, self._workers))
+        else:
+            yield from ((self._memory[0][batch], self._memory[1][batch], []) for batch in batches)
+
+    def _noted(self, batch: Batch) -> Batch:
+        self.skipped.update(batch[2])
+        return batch
 
 
 def augment(images: Tensor, *, flip: bool, seed: int, epoch: int, step: int) -> Tensor:
@@ -294,10 +318,10 @@ def _differences(found: Any, expected: dict[str, Any]) -> str:
     return ", ".join(name for name in expected if found.get(name) != expected[name])
 
 
-def _check(epochs: int, batch_size: int, learning_rate: float) -> None:
-    if epochs < 1:
-        raise ConfigError(f"--epochs: found {epochs}, expected 1 or more")
-    if batch_size < 2:
-        raise ConfigError(f"--batch-size: found {batch_size}, expected 2 or more")
-    if not (learning_rate > 0 and math.isfinite(learning_rate)):
-        raise ConfigError(f"--learning-rate: found {learning_rate}, expected a positive number")
+def check_options(*, epochs: int, batch_size: int, learning_rate: float, seed: int, workers: int) -> None:
+    """Raises ConfigError for an option of `train_teacher` that cannot work."""
+    between("--epochs", epochs, 1, MAX_STEPS)
+    between("--batch-size", batch_size, 2, MAX_IMAGES)
+    positive("--learning-rate", learning_rate)
+    between("--seed", seed, 0, MAX_SEED)
+    between("--workers", workers, 0, MAX_THREADS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import re
 import signal
@@ -538,6 +539,81 @@ def test_diverged_training_leaves_nothing(
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(f"error: {DIVERGED}", line)
     assert not any(tmp_path.iterdir())
+
+
+def class_folders(split: Path, count: int, size: int = SIZE, seed: int = 0) -> Path:
+    """`coloured` images in a folder for each class."""
+    images = coloured(count, size, seed)
+    for index, label in enumerate(images.labels.tolist()):
+        path = split / NAMES[label] / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images.pixels[index]).save(path)
+    return split
+
+
+def teach(data: Path, out: Path, *more: str) -> int:
+    options = f"--architecture conv3-w4 --epochs 2 --batch-size 8 --device cpu --out {out}"
+    return cli.main(["teacher", "--dataset", "imagefolder", "--data-dir", str(data), *options.split(), *more])
+
+
+@pytest.mark.parametrize("size", [SIZE, 72])
+def test_unusable_images_are_named(size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Held in memory or read by a worker."""
+    train, test = class_folders(tmp_path / "train", 24, size), class_folders(tmp_path / "test", 9, size)
+    broken = [train / "blue" / "05.png", train / "red" / "03.png", test / "green" / "04.png"]
+    for path in broken:
+        path.write_bytes(b"no image")
+    (train / NAMES[0] / "x.heic").write_bytes(b"no image")
+    assert teach(tmp_path, tmp_path / "t.pt", "--workers", "1") == 0
+    ignored, skipped = capsys.readouterr().err.splitlines()
+    assert ignored.startswith(f"{train}: ignored 1 file for the ending (.heic)")
+    names = [path.relative_to(path.parent.parent).as_posix() for path in broken]
+    assert skipped == f"3 unusable source images skipped, named in {tmp_path}/t.pt.json: {', '.join(names)}"
+    log = json.loads((tmp_path / "t.pt.json").read_text())
+    assert [image["image"] for image in log["skipped_images"] + log["skipped_test_images"]] == names
+    assert log["skipped_images"][0]["reason"].startswith("is not an image")
+
+
+def test_a_finished_teacher_is_tested_on_other_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On those given for the first time, and on others; not on the same, and it stays as it was without any."""
+    out, log = tmp_path / "t.pt", tmp_path / "t.pt.json"
+    train, test = class_folders(tmp_path / "data", 24), class_folders(tmp_path / "test", 9, seed=1)
+    moved = class_folders(tmp_path / "moved", 9, seed=2)
+    (tmp_path / "other").mkdir()
+    for label in range(3):  # each class's images bear the next one's name
+        (moved / NAMES[label]).rename(tmp_path / "other" / NAMES[(label + 1) % 3])
+    assert teach(train, out) == 0
+    assert json.loads(log.read_text())["test_top1"] is None and "not tested" in capsys.readouterr().out
+    weights, found = out.read_bytes(), []
+    for split, anew in ((test, True), (test, False), (tmp_path / "other", True)):
+        assert teach(train, out, "--test-dir", str(split)) == 0
+        printed = capsys.readouterr()
+        assert f"{out}: trained already with these settings" in printed.err and ("tested anew" in printed.err) == anew
+        found.append(json.loads(log.read_text())["test_top1"])
+        assert f"test top-1 {found[-1]:.2%}" in printed.out
+    assert found[0] == found[1] > found[2]
+    before = log.read_bytes()
+    assert teach(train, out) == 0
+    assert "tested anew" not in capsys.readouterr().err
+    assert (out.read_bytes(), log.read_bytes()) == (weights, before)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "bounds"),
+    [
+        ("--epochs", "1000000000000", "1 to 1000000"),
+        ("--batch-size", "1", "2 to 262144"),
+        ("--workers", "-1", "0 to 1024"),
+        ("--seed", "-1", "0 to 9223372036854775807"),
+    ],
+)
+def test_numbers_out_of_bounds_are_refused_though_the_teacher_is_there(
+    option: str, value: str, bounds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert teach(class_folders(tmp_path / "data", 6), tmp_path / "t.pt") == 0
+    capsys.readouterr()
+    assert teach(tmp_path / "data", tmp_path / "t.pt", option, value) == 2
+    assert capsys.readouterr().err == f"error: {option}: found {value}, expected a value from {bounds}\n"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,29 @@
+"""The bounds of numeric options: what lies outside is refused in one line that names the option."""
+
+from __future__ import annotations
+
+import math
+
+from nrrdd_format.errors import ConfigError
+
+MAX_SEED = 2**63 - 1
+MAX_IPC, MAX_STEPS, MAX_THREADS = 100_000, 1_000_000, 1024
+"""Far beyond what a class has images, a training takes or a machine has; where more is asked for, a digit slipped."""
+
+
+def at_least(option: str, value: float, low: float) -> None:
+    """Raises ConfigError unless the value is finite and `low` or more."""
+    if not low <= value < math.inf:
+        raise ConfigError(f"{option}: found {value}, expected {low} or more")
+
+
+def between(option: str, value: float, low: float, high: float) -> None:
+    """Raises ConfigError unless the value lies in [low, high]."""
+    if not low <= value <= high:
+        raise ConfigError(f"{option}: found {value}, expected a value from {low} to {high}")
+
+
+def positive(option: str, value: float) -> None:
+    """Raises ConfigError unless the value is finite and more than 0."""
+    if not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"{option}: found {value}, expected a positive number")

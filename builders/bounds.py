@@ -1,10 +1,12 @@
-"""The bounds of numeric options: what lies outside is refused in one line that names the option."""
+"""The bounds of options: what lies outside is refused in one line that names the option."""
 
 from __future__ import annotations
 
 import math
 
-from nrrdd_format.errors import ConfigError
+from nrrdd_format.errors import ConfigError, shown
+from nrrdd_format.json_checks import is_text
+from nrrdd_format.limits import MAX_TEXT
 
 MAX_SEED = 2**63 - 1
 MAX_IPC, MAX_STEPS, MAX_THREADS = 100_000, 1_000_000, 1024
@@ -27,3 +29,9 @@ def positive(option: str, value: float) -> None:
     """Raises ConfigError unless the value is finite and more than 0."""
     if not (value > 0 and math.isfinite(value)):
         raise ConfigError(f"{option}: found {value}, expected a positive number")
+
+
+def manifest_text(option: str, value: str | None) -> None:
+    """Raises ConfigError unless the value is None or a text that a manifest can hold."""
+    if value is not None and not is_text(value):
+        raise ConfigError(f"{option}: found {shown(value)}, expected 1 to {MAX_TEXT} characters in one line")

@@ -13,7 +13,16 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
-from builders.bounds import MAX_IPC, MAX_SEED, MAX_STEPS, MAX_THREADS, at_least, between, positive
+from builders.bounds import (
+    MAX_IPC,
+    MAX_SEED,
+    MAX_STEPS,
+    MAX_THREADS,
+    at_least,
+    between,
+    manifest_text,
+    positive,
+)
 from builders.image_sets import Place
 from builders.sources import Source
 from nrrdd_format.errors import ConfigError, counted
@@ -306,6 +315,8 @@ class BuildConfig:
             between("--view-scale", self.view_scale, 0, 1)
         if self.image_quality is not None:
             between("--image-quality", self.image_quality, 1, 100)
+        manifest_text("--source-license", self.source_license)
+        manifest_text("--images-method", self.images_method)
 
     def _check_given(self) -> None:
         """Refuses options that would have no effect."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from builders.bounds import manifest_text
 from builders.config import BLOCK_PAIRS, BuildConfig
 from builders.conventions import DATASETS, Colour
 from builders.fkd_epochs import EpochReader, FkdSource, open_source
@@ -66,6 +67,9 @@ class ImportConfig:
             raise ConfigError(f"--temperature: found {self.temperature}, expected 0.001 to 1000")
         if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
             raise ConfigError(f"--min-agreement: found {self.min_agreement}, expected 0 to 1")
+        manifest_text("--dataset-name", self.dataset_name)
+        manifest_text("--source-license", self.source_license)
+        manifest_text("--teacher", self.teacher)
 
     @property
     def normalisation(self) -> tuple[Colour, Colour]:

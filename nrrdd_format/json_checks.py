@@ -96,7 +96,7 @@ class Fields:
 
     def text(self, key: str) -> str:
         """A string of 1..MAX_TEXT characters."""
-        return self._get(key, _is_text, f"a text of 1..{MAX_TEXT} characters", "")
+        return self._get(key, is_text, f"a text of 1..{MAX_TEXT} characters", "")
 
     def choice(self, key: str, names: tuple[str, ...]) -> str:
         """One of the given strings."""
@@ -128,7 +128,7 @@ class Fields:
 
     def texts(self, key: str, low: int, high: int) -> tuple[str, ...]:
         """A list with low..high strings."""
-        return tuple(self._each(key, self.rows(key, low, high), _is_text, f"a text of 1..{MAX_TEXT} characters"))
+        return tuple(self._each(key, self.rows(key, low, high), is_text, f"a text of 1..{MAX_TEXT} characters"))
 
     def numbers(self, key: str, count: int, low: float, high: float) -> tuple[float, ...]:
         """A list of exactly `count` finite numbers in [low, high]."""
@@ -173,5 +173,6 @@ def is_number(value: Any, low: float, high: float) -> bool:
     return type(value) in (int, float) and bool(low <= value <= high)
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
+    """Whether `value` is a string as a manifest may hold it: not empty, bounded, and all in one line."""
     return isinstance(value, str) and 1 <= len(value) <= MAX_TEXT and not _UNPRINTABLE.search(value)

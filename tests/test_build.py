@@ -501,6 +501,8 @@ def test_imagenet_without_data_says_in_one_line_what_is_missing(tmp_path: Path) 
         ({"batch_size": 10**21}, "--batch-size: found 1000000000000000000000, expected a value from 2 to 262144"),
         ({"threads": 100000}, "--threads: found 100000, expected a value from 1 to 1024"),
         ({"threads": 0}, "--threads: found 0, expected a value from 1 to 1024"),
+        ({"source_license": ""}, "^--source-license: found '', expected 1 to 4096 characters in one line$"),
+        ({"source_license": "CC0\n"}, r"^--source-license: found 'CC0\\n', expected 1 to 4096 characters in one line$"),
         ({"epochs": 70000}, "--epochs: found 70000"),
         ({"alpha_bn": float("inf")}, "--alpha-bn: found inf"),
         ({"min_teacher_top1": 85.0}, "--min-teacher-top1: found 85"),

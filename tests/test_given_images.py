@@ -513,6 +513,12 @@ def test_columns_without_a_table(made: Path, tmp_path: Path) -> None:
         load_inputs(config(tmp_path / "out", from_images=made / "syn", label_column="x"))
 
 
+@pytest.mark.parametrize("method", ["", "RDED\nSRe2L"])
+def test_a_method_that_no_manifest_can_hold_is_named_by_its_option(method: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--images-method: found '.*', expected 1 to 4096 characters in one line$"):
+        config(tmp_path / "out", from_images=tmp_path, images_method=method)
+
+
 def test_ipc_or_given_images_are_required(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--dataset", "digits"])

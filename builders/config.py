@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from builders.bounds import (
     MAX_IPC,
@@ -24,7 +24,6 @@ from builders.bounds import (
     positive,
 )
 from builders.image_sets import Place
-from builders.sources import Source
 from nrrdd_format.errors import ConfigError, counted
 from nrrdd_format.limits import (
     MAX_CLASSES,
@@ -37,6 +36,9 @@ from nrrdd_format.limits import (
     MAX_SHARDS,
     MAX_VIEWS,
 )
+
+if TYPE_CHECKING:  # it imports torch, and options are looked at before that
+    from builders.sources import Source
 
 BLOCK_PAIRS = 20_000
 """Pairs that are compressed together, about: fewer cost bytes, more cost time where one epoch is read."""

@@ -482,6 +482,12 @@ def test_imagenet_without_data_says_in_one_line_what_is_missing(tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+def test_options_are_looked_at_before_torch_is_imported() -> None:
+    code = "import sys\nfrom builders.cli import parse\nparse(['--dataset', 'digits', '--ipc', '1'])\n"
+    result = _run("-c", f"{code}print(*sorted({{'torch', 'torchvision'}} & sys.modules.keys()))")
+    assert (result.returncode, result.stdout) == (0, "\n"), result.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

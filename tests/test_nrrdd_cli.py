@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -136,6 +137,48 @@ def test_interrupts_and_closed_pipes_end_without_a_traceback(capsys: pytest.Capt
     command = f'{sys.executable} -c "{code}" | head -c 1'
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=240, check=False)
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("module", ["torch", "numpy"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "-m builders --dataset digits --ipc 1",
+        "{folder}/build-distilled --dataset digits --ipc 1",
+        "-m benchmarks.cli teacher --dataset digits --out {folder}/t.pt",
+        "{folder}/nrrdd teacher --dataset digits --out {folder}/t.pt",
+        "-m benchmarks.accuracy --help",
+        "-m benchmarks.storage_footprint --help",
+    ],
+)
+def test_an_interrupt_during_imports_ends_without_a_traceback(
+    command: str, module: str, tmp_path: Path, repository: Path
+) -> None:
+    """Ctrl-C comes as soon as a command asks for the module."""
+    (tmp_path / f"{module}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True: pass\n")
+    for script, package in (("build-distilled", "builders"), ("nrrdd", "benchmarks")):
+        (tmp_path / script).write_text(f"import sys\nfrom {package}.cli import main\nsys.exit(main())\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{repository}"}
+    arguments = command.format(folder=tmp_path).split()
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, line.partition(":")[0]) == (130, "interrupted")
+
+
+def test_errors_during_imports_keep_their_traceback(tmp_path: Path, repository: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart is missing')\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{repository}"}
+    command = [sys.executable, "-m", "benchmarks.accuracy", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "libcudart is missing" in done.stderr
 
 
 def test_errors_that_are_not_the_users_keep_their_traceback() -> None:

@@ -57,7 +57,7 @@ example:
   nrrdd preview digits-ipc10 --out pictures
 Writes contact-sheet.png (the first image of every class, at most 50) and distances.png (both distances).
 Where the build's work folder is still there, the sheet also shows the initial images and the masks.
-Pictures of the same dataset are drawn anew, those of another are left alone.
+In a folder of --out, pictures of the same dataset are drawn anew, those of another are left alone.
 """
 
 
@@ -202,9 +202,7 @@ def run_preview(options: argparse.Namespace) -> int:
     """`nrrdd preview`."""
     from builders.preview import redraw
 
-    beside = options.path.resolve()
-    out = options.out or beside.with_name(beside.name + ".preview")
-    written = redraw(options.path, out, work=options.work_dir)
+    written = redraw(options.path, options.out, work=options.work_dir)
     print(written.contact_sheet)
     print(written.histogram)
     return 0

@@ -149,12 +149,12 @@ def preview_dataset(
     return Preview(contact_sheet=out / CONTACT_SHEET, histogram=out / HISTOGRAM)
 
 
-def redraw(dataset_path: Path, out: Path, *, work: Path | None = None) -> Preview:
+def redraw(dataset_path: Path, out: Path | None = None, *, work: Path | None = None) -> Preview:
     """Writes both pictures anew, with initial images and masks if the build's work folder still holds them.
 
     Args:
         dataset_path: the dataset's folder.
-        out: the folder to write to, made when missing.
+        out: the folder to write to, made when missing; None: `DATASET.preview`, whatever was drawn there before.
         work: the work folder of the build; None: `DATASET.work`, which may be gone.
 
     Raises:
@@ -164,9 +164,11 @@ def redraw(dataset_path: Path, out: Path, *, work: Path | None = None) -> Previe
     """
     with open_dataset(dataset_path) as dataset:
         folder, manifest = dataset.path.resolve(), dataset.manifest
-    _refuse_other_pictures(out, manifest.dataset_id)
-    beside = folder.with_name(f"{folder.name}.work")
-    kept = (work or beside) / f"writing-{manifest.method.get('build_key')}"
+    if out is None:
+        out = folder.with_name(f"{folder.name}.preview")
+    else:
+        _refuse_other_pictures(out, manifest.dataset_id)
+    kept = (work or folder.with_name(f"{folder.name}.work")) / f"writing-{manifest.method.get('build_key')}"
     if not all((kept / name).is_file() for name in (SHOWN_INDICES, SHOWN_INITIAL, SHOWN_MASK)):
         if work is not None:
             raise ConfigError(_no_work(work))

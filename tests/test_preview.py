@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -160,6 +161,16 @@ def test_pictures_of_the_same_dataset_only_are_drawn_over(tmp_path: Path) -> Non
         with pytest.raises(OutputError, match=r"distances\.png: is no preview of a known dataset"):
             redraw(first, out)
         assert written.histogram.read_bytes() == content
+
+
+def test_pictures_beside_a_dataset_are_its_own_whatever_it_was_before(tmp_path: Path) -> None:
+    path = make_tiny_dataset(tmp_path / "data", seed=0)
+    before = redraw(path).contact_sheet.read_bytes()
+    shutil.rmtree(path)
+    make_tiny_dataset(path, seed=1)
+    written = redraw(path)
+    assert written.contact_sheet == tmp_path / "data.preview" / CONTACT_SHEET
+    assert written.contact_sheet.read_bytes() != before
 
 
 def test_distances_of_a_large_dataset_are_taken_from_its_first_epochs(

@@ -222,7 +222,7 @@ def _add_teacher(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=100,
         metavar="N",
-        help="passes over the training images (100; on CIFAR-10 a teacher of 8 taught students more: docs/method.md)",
+        help="passes over the training images (100; one of 8 taught students more: docs/results.md)",
     )
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images a step (128)")
     parser.add_argument("--learning-rate", type=float, default=0.1, metavar="X", help="highest rate of the cycle (0.1)")

@@ -7,10 +7,14 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from nrrdd_format.errors import ConfigError, NrrddError
 from nrrdd_format.remote import place_of
+
+Number = TypeVar("Number", int, float)
 
 
 def run(command: Callable[[], int]) -> int:
@@ -70,30 +74,20 @@ def local_folder(text: str) -> Path:
 
 def whole(least: int) -> Callable[[str], int]:
     """The type of an option that takes whole numbers from `least` on; argparse tells others with the option's name."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number, {least} or more")
-        return value
-
-    return parse
+    return _bounded(int, "a whole number", least)
 
 
 def number(least: float) -> Callable[[str], float]:
     """The same for numbers with a fraction, which must be finite."""
+    return _bounded(float, "a number", least)
 
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected a number, {least:g} or more")
-        return value
+
+def _bounded(kind: Callable[[str], Number], what: str, least: float) -> Callable[[str], Number]:
+    def parse(text: str) -> Number:
+        with suppress(ValueError):
+            if least <= (value := kind(text)) < math.inf:
+                return value
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected {what}, {least:g} or more")
 
     return parse
 

@@ -95,7 +95,7 @@ def _go_through(job: Job) -> None:
     """All stages, from wherever an earlier run has come to."""
     for stage in job.stages:
         stage.make()
-    check_given(job)
+    check_given(job, job.ranks.share(range(len(job.shards))))
     top1 = check_teacher(job)
     if job.given is None:
         usable = scan(job)
@@ -109,15 +109,15 @@ def _go_through(job: Job) -> None:
     assemble(job, top1)
 
 
-def check_given(job: Job) -> None:
-    """Decodes the given images that are not encoded yet, on every rank, so that all of them say what is wrong.
+def check_given(job: Job, shards: Sequence[int]) -> None:
+    """Decodes the given images of these shards, as far as they are not encoded yet.
 
     Raises:
         DataError: some cannot be used. The test of the teacher leaves such out, and encoding would stop at the first.
     """
     if job.given is None:
         return
-    waiting = [job.shards[shard] for shard in _open_units(job.encoding, SHARD_BYTES, range(len(job.shards)))]
+    waiting = [job.shards[shard] for shard in _open_units(job.encoding, SHARD_BYTES, shards)]
     numbers = np.concatenate([np.empty(0, np.int64), *waiting])
     processes = reading_processes(job.config.threads, len(numbers))
     refuse_unusable(job.given.place, job.given.files, numbers, processes)

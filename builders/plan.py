@@ -86,7 +86,7 @@ def plan(config: BuildConfig) -> bool:
     with joined_ranks() as ranks, named_shortage():
         job = prepare(config, ranks)
         check_manifest(job)
-        problems = _caught(job, is_built, check_given, check_teacher, _refuse_few)
+        problems = _caught(job, is_built, _check_all_given, check_teacher, _refuse_few)
         if not problems and config.out.exists():
             ranks.say(f"{config.out}: already built from these settings; the same command would change nothing")
             return True
@@ -112,6 +112,10 @@ def _caught(job: Job, *checks: Callable[[Job], object]) -> list[str]:
             found.append(str(error))
             job.ranks.say(f"problem: {error}")
     return found
+
+
+def _check_all_given(job: Job) -> None:
+    check_given(job, range(len(job.shards)))  # only the first rank tells of problems
 
 
 def _refuse_few(job: Job) -> None:

@@ -161,6 +161,7 @@ def run_student(options: argparse.Namespace) -> int:
         sce=options.sce,
         distance=options.distance,
         soft_temperature=options.soft_temperature,
+        alpha_dbr=options.alpha_dbr,
         teacher_checkpoint=None if options.teacher_checkpoint is None else tuple(options.teacher_checkpoint),
         seed=options.seed,
         device=pick_device(options.device),
@@ -272,6 +273,13 @@ def _add_loss(group: argparse._ArgumentGroup) -> None:
         default=1.0,
         metavar="T",
         help="of soft and completed labels: temperature of the KL (1; RDED: 20)",
+    )
+    group.add_argument(
+        "--alpha-dbr",
+        type=float,
+        default=1.0,
+        metavar="A",
+        help="of completed labels: weight of the distances' error beside the KL (1)",
     )
 
 

@@ -108,14 +108,19 @@ LABELS = {
     "dbr-priors": LabelKind(labels="dbr-completed", priors=9),
     "dbr-further1": LabelKind(labels="dbr-completed", priors=9, further=1),
     "dbr-further3": LabelKind(labels="dbr-completed", priors=9, further=3),
+    "dbr-priors99": LabelKind(labels="dbr-completed", priors=99),
+    "dbr-further1-priors99": LabelKind(labels="dbr-completed", priors=99, further=1),
+    "dbr-further3-priors99": LabelKind(labels="dbr-completed", priors=99, further=3),
+    "dbr-further8-priors99": LabelKind(labels="dbr-completed", priors=99, further=8),
     "dbr-further3-t4": LabelKind(labels="dbr-completed", priors=9, further=3, soft_temperature=4.0),
     "dbr-further8-t20": LabelKind(labels="dbr-completed", priors=9, further=8, soft_temperature=20.0),
     "soft": LabelKind(labels="soft"),
     "soft-t20": LabelKind(labels="soft", soft_temperature=20.0),
     "fkd-top5": LabelKind(labels="soft-top5"),
 }
-"""Kinds of labels by name. The `dbr-` ones are completed by images' priors, and some by further classes of each pair;
-`-tN` is the temperature of the student's KL, 20 in RDED's evaluations; FKD keeps the five highest."""
+"""Kinds of labels by name. The `dbr-` ones are completed by images' priors, of nine classes where the name has no other
+number, and some by further classes of each pair; `-tN` is the temperature of the student's KL, 20 in RDED's
+evaluations; FKD keeps the five highest."""
 
 
 @dataclass(frozen=True, kw_only=True)

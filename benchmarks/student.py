@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from builders.bounds import positive
+from builders.bounds import at_least, positive
 from builders.config import pair_teachers
 from builders.ensemble import JOINT, load_teachers
 from builders.image_sets import PLAIN, Columns, Place
@@ -53,6 +53,7 @@ _OWN_TEACHER = "name the dataset's own teacher with --teacher-checkpoint"
 LABELS_OF_OPTION: dict[str, tuple[Labels, ...]] = {
     **dict.fromkeys(("radius", "sce", "distance"), ("dbr",)),
     "soft_temperature": ("soft", "soft-top5", "dbr-completed"),
+    "alpha_dbr": ("dbr-completed",),
     "teacher_checkpoint": ("soft", "soft-top5"),
 }
 """Options that only some kinds of labels have a use for."""
@@ -75,6 +76,8 @@ class StudentConfig:
     distance: Distance = "l1"
     soft_temperature: float = 1.0
     """Of both softmaxes of the KL to soft or completed labels; RDED uses 20."""
+    alpha_dbr: float = 1.0
+    """Of completed labels: weight of the distances' error beside the KL."""
     teacher_checkpoint: Path | tuple[Path, ...] | None = None
     """The dataset's teacher, for soft labels; one file for each member of an ensemble, in the manifest's order."""
     seed: int = 0
@@ -84,6 +87,7 @@ class StudentConfig:
         positive("--epochs", self.epochs)
         positive("--learning-rate", self.learning_rate)
         positive("--soft-temperature", self.soft_temperature)
+        at_least("--alpha-dbr", self.alpha_dbr, 0)
         if self.batch_size is not None:
             positive("--batch-size", self.batch_size)
         for name, labels in LABELS_OF_OPTION.items():
@@ -257,7 +261,9 @@ def make_terms(config: StudentConfig, manifest: Manifest) -> BatchTerms:
         return _soft_terms(load_dataset_teacher(manifest, config.teacher_checkpoint, config.device), config)
     losses = {
         "compact": CompactLoss(temperature=temperature),
-        "dbr-completed": CompletedDBRLoss(temperature=temperature, soft_temperature=config.soft_temperature),
+        "dbr-completed": CompletedDBRLoss(
+            temperature=temperature, soft_temperature=config.soft_temperature, alpha_dbr=config.alpha_dbr
+        ),
         "one-hot": OneHotLoss(),
     }
     loss = losses[config.labels]

@@ -158,28 +158,43 @@ class CompactLoss(nn.Module):
 
 
 class CompletedDBRLoss(nn.Module):
-    """KL divergence from the completed labels (`completed_labels`): distances, further classes and images' priors.
+    """KL divergence from the completed labels (`completed_labels`), plus alpha_dbr times the error of the distances.
+
+    That error is the mean of |d(S) - d| over the distances that a pair stores: of its two classes (of one, where they
+    are the same) and of its further ones. The KL hears little of unlikely classes, and what it hears of classes that
+    are not stored is a guess.
 
     Args:
         temperature: softmax temperature of the student; must be the teacher's
             (`DBRLoader.dataset_info.temperature`).
-        soft_temperature: T; both softmaxes are taken at T times that temperature, as `SoftLoss` does with the teacher's
-            logits, without the factor T**2. A label tells its least likely classes only roughly, and they count
-            the more the higher T is: none is taken as less than `floor_of` says then.
+        soft_temperature: T; both softmaxes of the KL are taken at T times that temperature, as `SoftLoss` does with the
+            teacher's logits, without the factor T**2. A label tells its least likely classes only roughly, and they
+            count the more the higher T is: none is taken as less than `floor_of` says then.
+        alpha_dbr: weight of the distances' error, which is divided by T**2, as the KL's gradients are.
+
+    Raises:
+        ConfigError: an argument is out of its range.
     """
 
-    def __init__(self, *, temperature: float = 1.0, soft_temperature: float = 1.0) -> None:
+    def __init__(self, *, temperature: float = 1.0, soft_temperature: float = 1.0, alpha_dbr: float = 1.0) -> None:
         super().__init__()
         _require(temperature > 0, f"temperature: found {temperature}, expected more than 0")
         _require(soft_temperature > 0, f"soft_temperature: found {soft_temperature}, expected more than 0")
+        _require(alpha_dbr >= 0, f"alpha_dbr: found {alpha_dbr}, expected 0 or more")
         self.temperature = temperature
         self.soft_temperature = soft_temperature
+        self.alpha_dbr = alpha_dbr
 
     def forward(self, logits: Tensor, batch: DBRBatch) -> Tensor:
         """The loss of logits (B, C): a float32 scalar."""
         _check_sizes(logits, batch)
+        divergence = self._divergence(logits, completed_labels(batch, logits.shape[1]))
+        weight = self.alpha_dbr / self.soft_temperature**2
+        return divergence + weight * _mean_distance_error(_log_softmax(logits, self.temperature), batch)
+
+    def _divergence(self, logits: Tensor, labels: Tensor) -> Tensor:
         log_p = _log_softmax(logits, self.temperature * self.soft_temperature)
-        labels = completed_labels(batch, logits.shape[1]).to(log_p.dtype)
+        labels = labels.to(log_p.dtype)
         if self.soft_temperature == 1:
             return F.kl_div(log_p, labels, reduction="batchmean")
         softened = _log_softmax(labels.clamp_min(floor_of(logits.shape[1])).log(), self.soft_temperature)
@@ -276,6 +291,18 @@ def _log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
 def _distance(log_p: Tensor, labels: Tensor) -> Tensor:
     """-log p of each row's label: (B,)."""
     return log_p.gather(1, labels[:, None]).squeeze(1).neg()
+
+
+def _mean_distance_error(log_p: Tensor, batch: DBRBatch) -> Tensor:
+    """Mean over the pairs of a pair's mean |d(S) - d| over the classes whose distances it stores; log p is (B, C)."""
+    same = _same_class(batch)
+    error_org = (_distance(log_p, batch.label_org) - batch.distance_org).abs()
+    error_aug = (_distance(log_p, batch.label_aug) - batch.distance_aug).abs()
+    total, count = error_org + error_aug.masked_fill(same, 0.0), 2 - same.to(log_p.dtype)
+    if batch.further is not None:
+        total = total + (log_p.gather(1, batch.further.classes) + batch.further.distances).abs().sum(1)
+        count = count + batch.further.classes.shape[1]
+    return (total / count).mean()
 
 
 def _same_class(batch: DBRBatch) -> Tensor:

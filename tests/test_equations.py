@@ -15,7 +15,7 @@ from benchmarks import equations, pair_mass
 from benchmarks.equations import CHOICES, all_cells, choices_for, compare
 from benchmarks.grid import Cell, Grid, build_config, cell_path, student_config
 from benchmarks.results_io import write_json
-from benchmarks.student import StudentConfig
+from benchmarks.student import LABELS_OF_OPTION, StudentConfig
 from benchmarks.teacher import TeacherConfig
 from builders.config import BuildConfig
 
@@ -43,7 +43,9 @@ def grid(tmp_path: Path) -> Grid:
 
 def test_every_value_of_every_choice_is_a_sound_option(grid: Grid) -> None:
     for choice in CHOICES.values():
-        base = replace(next(grid.cells()), labels="soft" if choice.option == "soft_temperature" else "dbr")
+        kinds = LABELS_OF_OPTION.get(choice.option, ())
+        labels = "dbr" if not kinds or "dbr" in kinds else "dbr-further3"
+        base = replace(next(grid.cells()), labels=labels)
         for value in choice.values:
             cell = choice.cell(base, value)
             changed: Any = build_config(grid, cell) if choice.of == "build" else student_config(grid, cell)
@@ -57,7 +59,7 @@ def test_initial_images_without_patches_are_built_without_options_of_patches(gri
 
 
 def test_choices_among_patches_are_left_out_where_images_come_from_none() -> None:
-    every = set(CHOICES.values()) - {CHOICES["soft-temperature"]}  # DBR has none
+    every = set(CHOICES.values()) - {CHOICES["soft-temperature"], CHOICES["alpha-dbr"]}  # DBR has none
     assert set(choices_for("nrr+lr", "dbr")) == every
     assert CHOICES["soft-temperature"] in choices_for("nrr+lr", "dbr-further3")
     assert every - set(choices_for("real+nrr+lr", "dbr")) == {CHOICES["confidence"], CHOICES["crop-score"]}
@@ -82,6 +84,7 @@ def test_choices_of_a_part_that_is_off_are_left_out() -> None:
         "label_refinement",
         "label_refinement_views",
         "soft_temperature",
+        "alpha_dbr",
     }
     masked = {"epsilon", "cam_every"}
     assert not masked & {choice.option for choice in choices_for("real+all-pixels", "dbr")}

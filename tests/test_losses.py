@@ -254,7 +254,8 @@ def test_completed_labels(batch: DBRBatch) -> None:
         sum(p * (math.log(p) - x) for p, x in zip(label, row, strict=True) if p > 0)
         for label, row in zip(expected, log_p(LOGITS, 1.5), strict=True)
     ]
-    assert CompletedDBRLoss(temperature=1.5)(LOGITS, batch).item() == pytest.approx(mean(terms), rel=1e-5)
+    loss = CompletedDBRLoss(temperature=1.5, alpha_dbr=0.0)(LOGITS, batch)
+    assert loss.item() == pytest.approx(mean(terms), rel=1e-5)
 
 
 def test_an_image_that_looks_like_a_third_class_gives_it_the_rest() -> None:
@@ -395,7 +396,7 @@ def told_in_full(teacher: Tensor) -> DBRBatch:
 def test_labels_told_in_full_are_soft_labels_at_any_temperature(temperature: float) -> None:
     teacher = LOGITS.flip(0) * 0.7  # no probability below the floor
     assert teacher.softmax(1).min() > floor_of(CLASSES)
-    found = CompletedDBRLoss(soft_temperature=temperature)(LOGITS, told_in_full(teacher))
+    found = CompletedDBRLoss(soft_temperature=temperature, alpha_dbr=0.0)(LOGITS, told_in_full(teacher))
     assert found.item() == pytest.approx(SoftLoss(temperature)(LOGITS, BATCH, teacher).item(), rel=1e-4)
 
 
@@ -404,7 +405,7 @@ def test_softened_labels_take_no_class_as_less_than_the_floor() -> None:
     teacher = torch.zeros(len(LOGITS), CLASSES)
     teacher[:, 0] = -40.0
     expected = teacher.softmax(1).clamp_min(floor_of(CLASSES)).log()
-    found = CompletedDBRLoss(soft_temperature=4.0)(LOGITS, told_in_full(teacher))
+    found = CompletedDBRLoss(soft_temperature=4.0, alpha_dbr=0.0)(LOGITS, told_in_full(teacher))
     assert found.item() == pytest.approx(SoftLoss(4.0)(LOGITS, BATCH, expected).item(), rel=1e-4)
 
 
@@ -424,7 +425,7 @@ def test_a_temperature_of_the_labels_is_beside_the_teachers() -> None:
     """With τ = 2 of the distances and T = 3 the student's softmax is at 6."""
     teacher = LOGITS.flip(0) * 0.7
     batch = told_in_full(teacher / 2)
-    found = CompletedDBRLoss(temperature=2.0, soft_temperature=3.0)(LOGITS, batch)
+    found = CompletedDBRLoss(temperature=2.0, soft_temperature=3.0, alpha_dbr=0.0)(LOGITS, batch)
     assert found.item() == pytest.approx(SoftLoss(6.0)(LOGITS, BATCH, teacher).item(), rel=1e-4)
 
 
@@ -432,6 +433,32 @@ def test_a_temperature_of_the_labels_is_beside_the_teachers() -> None:
 def test_a_temperature_of_completed_labels_is_positive(value: float) -> None:
     with pytest.raises(ConfigError, match="soft_temperature: found"):
         CompletedDBRLoss(soft_temperature=value)
+
+
+@pytest.mark.parametrize("soft_temperature", [1.0, 4.0])
+def test_completed_labels_come_with_the_error_of_every_stored_distance(soft_temperature: float) -> None:
+    """At τ = 1.5 of the distances, whatever T of the labels; the third pair is of one class, which counts once."""
+    further = listed([[(3, 1.5)], [(0, 2.0)], [(1, 0.3)], [(4, 4.0)], [(0, 0.9)]])
+    batch = replace(COMPLETED, further=further)
+    errors = []
+    for row, own, other in zip(log_p(LOGITS, 1.5), pairs(BATCH), further_of(further), strict=True):
+        stored = {own[0]: own[3]} | ({} if own[0] == own[1] else {own[1]: own[4]}) | other
+        errors.append(sum(abs(-row[label] - distance) for label, distance in stored.items()) / len(stored))
+    plain, both = (
+        CompletedDBRLoss(temperature=1.5, soft_temperature=soft_temperature, alpha_dbr=alpha)(LOGITS, batch).item()
+        for alpha in (0.0, 2.0)
+    )
+    assert both - plain == pytest.approx(2 * mean(errors) / soft_temperature**2, rel=1e-4)
+
+
+def further_of(further: ClassDistances) -> list[dict[int, float]]:
+    rows = zip(further.classes.tolist(), further.distances.tolist(), strict=True)
+    return [dict(zip(labels, distances, strict=True)) for labels, distances in rows]
+
+
+def test_a_weight_of_the_distances_is_not_negative() -> None:
+    with pytest.raises(ConfigError, match="alpha_dbr: found -0"):
+        CompletedDBRLoss(alpha_dbr=-0.1)
 
 
 @pytest.mark.parametrize("loss", [OneHotLoss(), CompactLoss(), CompletedDBRLoss()])

@@ -143,6 +143,7 @@ def test_options_of_the_losses_have_an_effect(folder: Path, source: Source) -> N
     soft = {"labels": "soft", "teacher_checkpoint": folder / "teacher.pt"}
     assert len({loss(), loss(radius=1.5), loss(sce="entropy"), loss(distance="squared")}) == 4
     assert loss(**soft) != loss(**soft, soft_temperature=20.0)
+    assert loss(labels="dbr-completed") != loss(labels="dbr-completed", alpha_dbr=0.0)
     assert loss(batch_size=4) != loss()
 
 
@@ -225,6 +226,7 @@ def test_a_source_of_another_size_is_refused(folder: Path, source: Source) -> No
         lambda: replace(TINY, learning_rate=0.0),
         lambda: replace(TINY, learning_rate=math.inf),
         lambda: replace(TINY, soft_temperature=-1.0),
+        lambda: replace(TINY, alpha_dbr=-0.1),
         lambda: replace(TINY, batch_size=0),
     ],
 )
@@ -240,6 +242,7 @@ def test_settings_that_cannot_work_are_refused(make: Callable[[], StudentConfig]
         ("compact", "sce", "batch"),
         ("dbr-completed", "distance", "huber"),
         ("dbr", "soft_temperature", 20.0),
+        ("dbr", "alpha_dbr", 0.5),
         ("dbr", "teacher_checkpoint", Path("teacher.pt")),
     ],
 )

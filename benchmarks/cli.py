@@ -18,7 +18,7 @@ from benchmarks.command import add_columns, add_device, add_source, pick_device,
 from benchmarks.dataset_verbs import add_dataset_verbs
 from benchmarks.exchange_verbs import add_exchange_verbs
 from benchmarks.verbs import Verb, add_dataset, add_verb
-from nrrdd_format.errors import OutputError
+from nrrdd_format.errors import OutputError, counted
 
 EPILOG = """\
 a first round, with scikit-learn's digits (no download):
@@ -137,6 +137,8 @@ def run_student(options: argparse.Namespace) -> int:
 
     from benchmarks.results_io import write_json
     from benchmarks.student import StudentConfig, load_matching_source, train_student
+    from builders.class_names import some
+    from builders.folders import ignored_notes
     from builders.image_sets import Columns
     from nrrdd_format.dataset import open_dataset
 
@@ -166,8 +168,13 @@ def run_student(options: argparse.Namespace) -> int:
         seed=options.seed,
         device=pick_device(options.device),
     )
+    for note in ignored_notes(source.test):
+        print(note, file=sys.stderr)
     result = train_student(options.path, source, config)
     record = asdict(result) | {"dataset_id": manifest.dataset_id}
+    if result.skipped_test_images:
+        names = [image["image"] for image in result.skipped_test_images]
+        print(f"{counted(len(names), 'unusable test image')} left out: {some(names)}", file=sys.stderr)
     if options.json:
         print(json.dumps(record, indent=2), flush=True)
     else:

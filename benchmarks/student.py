@@ -27,6 +27,7 @@ from builders.image_sets import PLAIN, Columns, Place
 from builders.import_fkd import UNKNOWN_SHA256, UNKNOWN_TEACHER
 from builders.models import create_model
 from builders.progress import Progress
+from builders.reading import Skipped, named
 from builders.sources import OPEN_SIZES, Source, load_source
 from builders.teacher import Teacher, predict
 from loaders import CompactLoss, CompletedDBRLoss, DBRBatch, DBRLoader, DBRLoss, OneHotLoss, SoftLoss
@@ -110,6 +111,7 @@ class StudentResult:
     Attributes:
         top1: share of the test images classified correctly after the last epoch.
         test_images: how many there were; unusable ones are not counted.
+        skipped_test_images: those, each with the reason.
         loss: mean training loss of the last epoch.
         clipped_share: share of the last epoch's pairs whose cross-entropy the DBR loss clipped; None for other labels.
         seconds: wall time of the training, without the test.
@@ -118,6 +120,7 @@ class StudentResult:
 
     top1: float
     test_images: int
+    skipped_test_images: list[dict[str, str]]
     loss: float
     clipped_share: float | None
     seconds: float
@@ -166,10 +169,12 @@ def train_student(
         means = _train(model, wrap(loader), terms, config)
         seconds = time.perf_counter() - started
         mean, std = manifest.images.mean, manifest.images.std
-        known, predicted = predict(model, source.test, mean, std, device=config.device)
+        skipped: Skipped = []
+        known, predicted = predict(model, source.test, mean, std, device=config.device, on_skipped=skipped.extend)
     return StudentResult(
         top1=float((known == predicted).mean()),
         test_images=len(known),
+        skipped_test_images=named(skipped),
         loss=means["loss"],
         clipped_share=means.get("clipped_share"),
         seconds=seconds,

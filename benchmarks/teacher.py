@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.results_io import hardware, make_folder, write_json
 from builders.class_names import some
 from builders.progress import Progress
-from builders.reading import Skipped
+from builders.reading import Skipped, named
 from builders.sources import Source
 from builders.teacher import load_teacher, save_checkpoint
 from builders.train_teacher import TrainedTeacher, check_options, run_test, train_teacher
@@ -74,7 +74,7 @@ def train_and_save(source: Source, config: TeacherConfig, out: Path) -> dict[str
     else:
         trained = _train(source, config, architecture, state)
         log = settings | _tested(source, trained.top1, trained.skipped_tests) | {"hardware": hardware()}
-        log["skipped_images"] = _named(trained.skipped)
+        log["skipped_images"] = named(trained.skipped)
         write_json(log_path(out), log)  # before the checkpoint, so that no checkpoint is without one
         _say_skipped(out, [*trained.skipped, *trained.skipped_tests])
         save_checkpoint(out, trained.model, architecture, source.class_names, (source.mean, source.std))
@@ -130,11 +130,7 @@ def _with_test(log: dict[str, Any], source: Source, device: str, out: Path) -> d
 def _tested(source: Source, top1: float | None, skipped: Skipped) -> dict[str, Any]:
     """What a log says of the test."""
     fingerprint = None if source.test is None else source.test.fingerprint()
-    return {"test_top1": top1, "test_fingerprint": fingerprint, "skipped_test_images": _named(skipped)}
-
-
-def _named(skipped: Skipped) -> list[dict[str, str]]:
-    return [{"image": name, "reason": reason} for name, reason in skipped]
+    return {"test_top1": top1, "test_fingerprint": fingerprint, "skipped_test_images": named(skipped)}
 
 
 def _say_skipped(out: Path, skipped: Skipped) -> None:

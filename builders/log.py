@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from builders.job import Job
+from builders.reading import named
 from nrrdd_format.files import atomic_write
 
 
@@ -25,7 +26,7 @@ def write_build_log(job: Job, skipped: Sequence[tuple[str, str]]) -> None:
         "settings": job.used_settings,
         "teacher": {"architecture": job.teacher.architecture, "sha256": job.teacher.sha256},
         "classes": list(job.source.class_names),
-        "skipped_images": [{"image": name, "reason": reason} for name, reason in skipped],
+        "skipped_images": named(skipped),
         "torch": torch.__version__,
         "device": str(job.device),
         "ranks": job.ranks.world_size,

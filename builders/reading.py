@@ -34,6 +34,11 @@ def read_usable(images: ImageSet, indices: Iterable[int]) -> Batch:
     return torch.stack(pixels) if pixels else _NO_IMAGES, torch.tensor(labels, dtype=torch.int64), skipped
 
 
+def named(skipped: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """What was left out as a log holds it."""
+    return [{"image": name, "reason": reason} for name, reason in skipped]
+
+
 def read_batches(images: ImageSet, batches: Sequence[NDArray[np.int64]], workers: int = 0) -> Iterator[Batch]:
     """Reads one batch after the other, ahead of the caller in `workers` processes (0: in this one)."""
     dataset = _Batches(images=images, batches=batches)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from make_dataset import make_tiny_dataset
@@ -252,7 +253,13 @@ def test_a_students_result_is_told_though_its_log_cannot_be_written(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = StudentResult(
-        settings={"architecture": "conv3"}, top1=0.5, test_images=8, loss=1.0, clipped_share=None, seconds=1.0
+        settings={"architecture": "conv3"},
+        top1=0.5,
+        test_images=8,
+        skipped_test_images=[{"image": "x.png", "reason": "is not an image"}],
+        loss=1.0,
+        clipped_share=None,
+        seconds=1.0,
     )
 
     def train(*arguments: object) -> StudentResult:
@@ -260,10 +267,11 @@ def test_a_students_result_is_told_though_its_log_cannot_be_written(
         return result
 
     monkeypatch.setattr(student, "train_student", train)
-    monkeypatch.setattr(student, "load_matching_source", lambda *arguments, **options: None)
+    monkeypatch.setattr(student, "load_matching_source", lambda *arguments, **options: SimpleNamespace(test=None))
     assert cli.main(["student", str(dataset), "--log", str(tmp_path / "log.json")]) == 2
     printed = capsys.readouterr()
     assert "top-1 50.00% of 8 test images" in printed.out and "log.json: cannot write" in printed.err
+    assert printed.err.startswith("1 unusable test image left out: x.png\n")
 
 
 @pytest.mark.parametrize("command", ["teacher --dataset x --out y", "student x", "inspect x", "merge x y --out z"])

@@ -126,6 +126,17 @@ def test_a_student_learns_from_every_kind_of_labels(folder: Path, source: Source
     assert result.settings["batch_size"] == 12 and result.settings["labels"] == labels
 
 
+def test_unusable_test_images_are_left_out_and_named(folder: Path, tmp_path: Path) -> None:
+    real = shutil.copytree(folder / "real", tmp_path / "real")
+    (real / "test" / CLASSES[1] / "2.png").write_bytes(b"no image")
+    manifest = open_dataset(folder / "data").manifest
+    source = load_matching_source(manifest, name="imagefolder", data_dir=real, test_dir=None)
+    result = train_student(folder / "data", source, TINY)
+    assert result.test_images == 11
+    (skipped,) = result.skipped_test_images
+    assert skipped["image"] == f"{CLASSES[1]}/2.png" and skipped["reason"].startswith("is not an image")
+
+
 def test_the_seed_alone_decides_and_the_callers_random_state_stays(folder: Path, source: Source) -> None:
     torch.manual_seed(3)
     state = torch.get_rng_state()

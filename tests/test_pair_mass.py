@@ -59,5 +59,6 @@ def test_the_command_reports_every_kind(tmp_path: Path, capsys: pytest.CaptureFi
     for row in rows:
         assert 0 < row["pair_mass"] < row["pair_mass"] + row["three_others"] <= 1
         assert row["kl"]["even"] > row["kl"]["3 further"] > 0
+        assert row["kl"]["priors of 99"] == row["kl"]["priors"]  # ten classes have nine others
     assert "nrr+lr, 2 steps, α_lr 3" in capsys.readouterr().out
     assert result.with_suffix(".png").stat().st_size > 1000

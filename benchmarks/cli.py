@@ -284,9 +284,9 @@ def _add_loss(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--alpha-dbr",
         type=float,
-        default=1.0,
+        default=0.5,
         metavar="A",
-        help="of completed labels: weight of the distances' error beside the KL (1)",
+        help="of completed labels: weight of the distances' error beside the KL (0.5)",
     )
 
 

@@ -114,7 +114,7 @@ CHOICES = {
             option="soft_temperature",
             values=(1.0, 2.0, 4.0, 8.0, 20.0),
         ),
-        Choice(title="α_dbr of completed labels", of="student", option="alpha_dbr", values=(0.0, 0.3, 1.0, 3.0)),
+        Choice(title="α_dbr of completed labels", of="student", option="alpha_dbr", values=(0.0, 0.2, 0.5, 1.0, 3.0)),
         Choice(title="pairs in a batch of the student", of="student", option="batch_size", values=(10, 25, 50, 100)),
         Choice(title="epochs of the student", of="student", option="epochs", values=(100, 300, 1000, 3000)),
     )

@@ -77,7 +77,7 @@ class StudentConfig:
     distance: Distance = "l1"
     soft_temperature: float = 1.0
     """Of both softmaxes of the KL to soft or completed labels; RDED uses 20."""
-    alpha_dbr: float = 1.0
+    alpha_dbr: float = 0.5
     """Of completed labels: weight of the distances' error beside the KL."""
     teacher_checkpoint: Path | tuple[Path, ...] | None = None
     """The dataset's teacher, for soft labels; one file for each member of an ensemble, in the manifest's order."""

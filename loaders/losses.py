@@ -176,7 +176,7 @@ class CompletedDBRLoss(nn.Module):
         ConfigError: an argument is out of its range.
     """
 
-    def __init__(self, *, temperature: float = 1.0, soft_temperature: float = 1.0, alpha_dbr: float = 1.0) -> None:
+    def __init__(self, *, temperature: float = 1.0, soft_temperature: float = 1.0, alpha_dbr: float = 0.5) -> None:
         super().__init__()
         _require(temperature > 0, f"temperature: found {temperature}, expected more than 0")
         _require(soft_temperature > 0, f"soft_temperature: found {soft_temperature}, expected more than 0")

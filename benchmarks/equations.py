@@ -9,7 +9,6 @@ run once. Settings are chosen on held-out training images (`benchmarks.hold_out`
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,10 +25,10 @@ from benchmarks.grid import (
     Changes,
     Grid,
     Origin,
-    Result,
     Table,
     cell_path,
     precision,
+    read_cell,
     read_cells,
     require_teacher,
     run_grid,
@@ -226,8 +225,8 @@ def cell_of(grid: Grid, choice: Choice, base: Cell, value: Any) -> Cell:
 
 def _base_precision(grid: Grid, base: Cell) -> str | None:
     """What the base was refined in, maybe on another device, or will be."""
-    path = cell_path(grid, base)
-    return Result(**json.loads(path.read_text())).precision if path.is_file() else precision(grid, base)
+    result = read_cell(grid, base)
+    return result.precision if result else precision(grid, base)
 
 
 def all_cells(grid: Grid, choices: Sequence[Choice]) -> list[Cell]:

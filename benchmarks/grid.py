@@ -325,13 +325,18 @@ def read_cells(grid: Grid, cells: Iterable[Cell], origin: Origin) -> Table:
     """
     table: Table = {}
     for cell in cells:
-        path = cell_path(grid, cell)
-        if path.is_file():
-            table[cell] = result = Result(**json.loads(path.read_text()))
+        if result := read_cell(grid, cell):
+            table[cell] = result
             made = {TRAINED_ON: result.train_fingerprint, TESTED_ON: result.test_fingerprint}
-            refuse_other(path, made, {TRAINED_ON: origin.train, TESTED_ON: origin.test})
+            refuse_other(cell_path(grid, cell), made, {TRAINED_ON: origin.train, TESTED_ON: origin.test})
     _refuse_mix(grid, table, ())
     return table
+
+
+def read_cell(grid: Grid, cell: Cell) -> Result | None:
+    """The result of a cell, whatever images it comes from; None: it has none yet."""
+    path = cell_path(grid, cell)
+    return Result(**json.loads(path.read_text())) if path.is_file() else None
 
 
 TRAINED_ON, TESTED_ON = "training images of fingerprint", "test images of fingerprint"

@@ -48,7 +48,8 @@ NOTES = """\
 *p_i + p_j*: what the teacher's prediction on a pair, as a student sees it, has on the pair's two classes; *3 others*:
 on the three largest of the others. *KL*: from the label to the teacher's prediction, KL(label ‖ p) in nats, which is
 the loss of a student that has become its teacher: of labels whose rest is spread evenly, by the images' priors (of 9
-classes where no number stands, and of no more than there are), and with further classes of each pair stored. Means over all pairs, mean ± standard deviation over seeds.
+classes where no number stands, and of no more than there are), and with further classes of each pair stored. Means
+over all pairs, mean ± standard deviation over seeds.
 """
 
 

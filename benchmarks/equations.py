@@ -194,7 +194,7 @@ def measure_equations(options: argparse.Namespace) -> int:
     table = read_cells(grid, cells, Origin.of(source)) if options.collect else run_grid(grid, source, cells)
     if not any(cell in table for cell in grid.cells()):
         raise ConfigError(f"--collect: {grid.out} holds no student of the base; run without --collect first")
-    rows = [row for choice in choices for row in compare(grid, table, choice)]
+    rows = [row for choice in choices for row in compare(grid, table, choice) if row.top1]
     text = report(grid, table, rows)
     print(f"\n{text}")
     _write_results(options.results, options.name or f"{grid.dataset}-{options.images}", grid, table, rows, text)
@@ -284,8 +284,8 @@ def report(grid: Grid, table: Table, rows: Sequence[Row]) -> str:
         [
             row.choice,
             row.value + (" (base)" if row.is_base else ""),
-            spread(row.top1) if row.top1 else "-",
-            interval(row.base_top1, row.top1) if row.top1 and not row.is_base else "",
+            spread(row.top1),
+            interval(row.base_top1, row.top1) if not row.is_base else "",
             str(len(row.top1)),
         ]
         for row in rows
@@ -296,7 +296,7 @@ def report(grid: Grid, table: Table, rows: Sequence[Row]) -> str:
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
     """Writes a PNG: the differences from the base, a line for every other value, a point a seed, and the means."""
-    shown = [row for row in rows if row.top1 and not row.is_base]
+    shown = [row for row in rows if not row.is_base]
     figure = Figure(figsize=(7.5, 1.2 + 0.24 * len(shown)), layout="constrained")
     axis = figure.subplots()
     for place, row in enumerate(shown):

@@ -166,7 +166,13 @@ def test_the_benchmark_from_its_command_line(tmp_path: Path, capsys: pytest.Capt
     assert len(read["cells"]) == 18 and len(read["rows"]) == 10
     assert {path.suffix for path in results.iterdir()} == {".json", ".md", ".png"}
     assert str(tmp_path) not in record.read_text()
+    for cell in out.glob("cells/*.json"):  # what has no student yet is no row
+        if json.loads(cell.read_text())["student_options"].get("radius") == 0.7:
+            cell.unlink()
+    capsys.readouterr()
     assert equations.main([*command, "--collect"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("radius r") == 4 and " 0.7 " not in printed.split("radius r", 1)[1]
 
 
 @pytest.mark.parametrize("command", [equations.main, pair_mass.main])

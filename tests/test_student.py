@@ -253,7 +253,7 @@ def test_settings_that_cannot_work_are_refused(make: Callable[[], StudentConfig]
         ("compact", "sce", "batch"),
         ("dbr-completed", "distance", "huber"),
         ("dbr", "soft_temperature", 20.0),
-        ("dbr", "alpha_dbr", 0.5),
+        ("dbr", "alpha_dbr", 0.25),
         ("dbr", "teacher_checkpoint", Path("teacher.pt")),
     ],
 )

@@ -296,6 +296,8 @@ def _train(
             architecture=options.student,
             epochs=options.epochs,
             teacher_checkpoint=options.teacher_checkpoint if StudentConfig.needs_teacher(kind.labels) else None,
+            # A code guesses all distances but the pair's own, and an error counts those that are exact.
+            alpha_dbr=0.0 if kind.rank or kind.parts else StudentConfig.alpha_dbr,
             seed=dataset.manifest.records.seed,
             device=pick_device(options.device),
         )

@@ -286,7 +286,7 @@ def _add_loss(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=0.5,
         metavar="A",
-        help="of completed labels: weight of the distances' error beside the KL (0.5)",
+        help="of completed labels: weight of the distances' error beside the KL, divided by T² (0.5)",
     )
 
 

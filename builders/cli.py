@@ -240,7 +240,7 @@ def _add_records(group: argparse._ArgumentGroup) -> None:
         "--priors",
         type=int,
         metavar="N",
-        help="other classes stored once an image, to complete its labels (0: none; best all, up to a hundred or so)",
+        help="other classes stored once an image, to complete its labels (0: none; best all up to about 99)",
     )
     group.add_argument(
         "--further", type=int, metavar="N", help="other classes stored with each pair, to complete its label (0: none)"

@@ -67,6 +67,7 @@ def listed(rows: list[list[tuple[int, float]]]) -> ClassDistances:
 
 
 COMPLETED = replace(BATCH, prior_org=listed(PRIORS[0]), prior_aug=listed(PRIORS[1]))
+FURTHER = replace(COMPLETED, further=listed([[(3, 1.5)], [(0, 2.0)], [(1, 0.3)], [(4, 4.0)], [(0, 0.9)]]))
 LOGITS = torch.randn(5, CLASSES, generator=torch.Generator().manual_seed(3)) * 2
 # The second pair is fitted well enough that its cross-entropy lies below the radius plus the labels' entropy.
 LOGITS[1] = torch.tensor([-4.0, -4.0, 1.0, -4.0, 2.0])
@@ -438,10 +439,10 @@ def test_a_temperature_of_completed_labels_is_positive(value: float) -> None:
 @pytest.mark.parametrize("soft_temperature", [1.0, 4.0])
 def test_completed_labels_come_with_the_error_of_every_stored_distance(soft_temperature: float) -> None:
     """At τ = 1.5 of the distances, whatever T of the labels; the third pair is of one class, which counts once."""
-    further = listed([[(3, 1.5)], [(0, 2.0)], [(1, 0.3)], [(4, 4.0)], [(0, 0.9)]])
-    batch = replace(COMPLETED, further=further)
+    batch = FURTHER
+    assert batch.further is not None
     errors = []
-    for row, own, other in zip(log_p(LOGITS, 1.5), pairs(BATCH), further_of(further), strict=True):
+    for row, own, other in zip(log_p(LOGITS, 1.5), pairs(BATCH), further_of(batch.further), strict=True):
         stored = {own[0]: own[3]} | ({} if own[0] == own[1] else {own[1]: own[4]}) | other
         errors.append(sum(abs(-row[label] - distance) for label, distance in stored.items()) / len(stored))
     plain, both = (
@@ -463,7 +464,7 @@ def test_a_weight_of_the_distances_is_not_negative() -> None:
 
 @pytest.mark.parametrize("loss", [OneHotLoss(), CompactLoss(), CompletedDBRLoss()])
 def test_gradients_of_the_other_kinds(loss: nn.Module) -> None:
-    assert torch.autograd.gradcheck(lambda logits: loss(logits, COMPLETED), LOGITS.double().requires_grad_())
+    assert torch.autograd.gradcheck(lambda logits: loss(logits, FURTHER), LOGITS.double().requires_grad_())
 
 
 def test_gradients_of_soft() -> None:
@@ -484,10 +485,10 @@ def test_a_pair_within_the_radius_gets_no_cross_entropy_gradient() -> None:
 def test_half_precision_logits_are_computed_in_float32(dtype: torch.dtype) -> None:
     """Large logits: in half precision itself the small distances would round away or overflow."""
     narrow = (LOGITS * 100).to(dtype)
-    for loss in (DBRLoss(), DBRLoss(sce="target"), OneHotLoss(), CompactLoss()):
-        result = loss(narrow, BATCH)
+    for loss in (DBRLoss(), DBRLoss(sce="target"), OneHotLoss(), CompactLoss(), CompletedDBRLoss()):
+        result = loss(narrow, FURTHER)
         assert result.dtype == torch.float32
-        assert torch.equal(result, loss(narrow.float(), BATCH))
+        assert torch.equal(result, loss(narrow.float(), FURTHER))
         assert torch.isfinite(result)
     assert torch.isfinite(SoftLoss()(narrow, BATCH, narrow.flip(0)))
 
@@ -500,10 +501,10 @@ def test_autocast_leaves_the_loss_in_float32(loss: nn.Module, dtype: torch.dtype
     inputs = torch.randn(len(BATCH), 8, generator=torch.Generator().manual_seed(5))
     with torch.autocast("cpu", dtype):
         logits = network(inputs)
-        inside = loss(logits, COMPLETED)
+        inside = loss(logits, FURTHER)
     assert logits.dtype == dtype
     assert inside.dtype == torch.float32
-    assert torch.equal(inside, loss(logits, COMPLETED))
+    assert torch.equal(inside, loss(logits, FURTHER))
     inside.backward()
     assert network.weight.grad is not None
     assert torch.isfinite(network.weight.grad).all()

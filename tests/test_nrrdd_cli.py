@@ -18,7 +18,7 @@ from benchmarks.command import run
 from benchmarks.grid import Cell, Grid, build_config, cell_path, dataset_path, student_config
 from benchmarks.results_io import command_line, markdown_table, provenance, provenance_text, write_json
 from benchmarks.spread import interval, spread
-from benchmarks.student import StudentResult
+from benchmarks.student import StudentConfig, StudentResult
 from benchmarks.teacher import TeacherConfig
 from builders import cli as build_cli
 from nrrdd_format.errors import ConfigError, OutputError
@@ -262,13 +262,15 @@ def test_a_students_result_is_told_though_its_log_cannot_be_written(
         seconds=1.0,
     )
 
-    def train(*arguments: object) -> StudentResult:
+    def train(path: object, source: object, config: StudentConfig) -> StudentResult:
+        assert (config.labels, config.alpha_dbr) == ("dbr-completed", 0.25)
         (tmp_path / "log.json").mkdir()  # in the way since training began
         return result
 
     monkeypatch.setattr(student, "train_student", train)
     monkeypatch.setattr(student, "load_matching_source", lambda *arguments, **options: SimpleNamespace(test=None))
-    assert cli.main(["student", str(dataset), "--log", str(tmp_path / "log.json")]) == 2
+    options = "--labels dbr-completed --alpha-dbr 0.25".split()
+    assert cli.main(["student", str(dataset), *options, "--log", str(tmp_path / "log.json")]) == 2
     printed = capsys.readouterr()
     assert "top-1 50.00% of 8 test images" in printed.out and "log.json: cannot write" in printed.err
     assert printed.err.startswith("1 unusable test image left out: x.png\n")

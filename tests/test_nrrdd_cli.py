@@ -269,7 +269,7 @@ def test_a_students_result_is_told_though_its_log_cannot_be_written(
 
     monkeypatch.setattr(student, "train_student", train)
     monkeypatch.setattr(student, "load_matching_source", lambda *arguments, **options: SimpleNamespace(test=None))
-    options = "--labels dbr-completed --alpha-dbr 0.25".split()
+    options = ["--labels", "dbr-completed", "--alpha-dbr", "0.25"]
     assert cli.main(["student", str(dataset), *options, "--log", str(tmp_path / "log.json")]) == 2
     printed = capsys.readouterr()
     assert "top-1 50.00% of 8 test images" in printed.out and "log.json: cannot write" in printed.err

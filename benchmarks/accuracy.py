@@ -18,7 +18,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.command import add_device, add_source, pick_device, run, whole
+from benchmarks.command import add_alpha_dbr, add_device, add_source, pick_device, run, whole
 from benchmarks.grid import (
     IMAGES,
     LABELS,
@@ -26,6 +26,7 @@ from benchmarks.grid import (
     Grid,
     Origin,
     Table,
+    loss_text,
     read_cells,
     require_teacher,
     run_grid,
@@ -121,6 +122,7 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(LABELS)} (one-hot compact dbr soft)",
     )
     parser.add_argument("--student", metavar="ARCH", help="the students' network (the dataset's default)")
+    add_alpha_dbr(parser)
     parser.add_argument(
         "--processes",
         type=whole(1),
@@ -174,6 +176,7 @@ def make_grid(options: argparse.Namespace, source: Source) -> Grid:
         epochs=options.epochs or preset.epochs,
         stored_epochs=options.stored_epochs,
         iterations=preset.iterations if options.iterations is None else options.iterations,
+        alpha_dbr=options.alpha_dbr,
         device=device,
     )
 
@@ -186,7 +189,8 @@ def report(grid: Grid, table: Table) -> str:
         [
             f"Teacher {teacher}; student {grid.student}; {grid.epochs} epochs of {stored_epochs(grid)} stored ones; "
             f"{grid.iterations} steps of refinement; {len(grid.seeds)} seeds. Top-1 in % on {first.test_images:,} real "
-            f"test images after the last epoch, mean ± standard deviation over seeds.{_gaps(grid, table)}",
+            f"test images after the last epoch, mean ± standard deviation over seeds.{loss_text(grid)}"
+            f"{_gaps(grid, table)}",
             circumstances_text([result.made for result in table.values()]),
             accuracy_table(grid, table),
             *(_recovery_section(grid, table) if {"one-hot", "soft"} < set(grid.labels) else ()),

@@ -20,7 +20,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.command import add_device, local_folder, pick_device, run, whole
+from benchmarks.command import add_alpha_dbr, add_device, local_folder, pick_device, run, whole
 from benchmarks.completion import complete
 from benchmarks.footprint import epoch_pairs, fkd_bytes_per_pair, in_full_batches
 from benchmarks.logit_codes import FIT_PAIRS, CodedBatches, LogitCode, LowRank, ProductCode, coded_bytes, predictions
@@ -79,8 +79,9 @@ class Measured:
         dataset_id: see `Manifest.dataset_id`; of the dataset as given, not of a completed copy.
         test_fingerprint: of the images it was tested on.
         made: date, hardware and versions.
+        alpha_dbr: weight of the distances' error in the loss on completed labels; None for other labels.
 
-    The last three are None in a file of before they were recorded.
+    The last four are None in a file of before they were recorded.
     """
 
     kind: str
@@ -91,6 +92,7 @@ class Measured:
     dataset_id: str | None = None
     test_fingerprint: str | None = None
     made: dict[str, Any] | None = None
+    alpha_dbr: float | None = None
 
 
 def kinds(further: Sequence[int], ranks: Sequence[int], parts: Sequence[int]) -> list[Kind]:
@@ -147,6 +149,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--ranks", type=whole(1), nargs="*", default=[2, 4, 8], metavar="R", help="low-rank codes (2 4 8)"
     )
     parser.add_argument("--parts", type=whole(1), nargs="*", default=[2, 4], metavar="M", help="product codes (2 4)")
+    add_alpha_dbr(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="keeps datasets and finished students")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"for the report ({RESULTS})")
     parser.add_argument("--name", metavar="NAME", help="of the report's files (the dataset's)")
@@ -172,14 +175,20 @@ def measure(options: argparse.Namespace) -> int:
     facts = provenance(MODULE, seeds=seeds)
     stem = f"{facts['date']}-accuracy-by-bytes-{options.name or first.dataset.name}"
     make_folder(options.results)
-    settings = {"epochs": options.epochs, "priors": options.priors, "teacher_top1": first.teacher.top1}
+    settings = {
+        "epochs": options.epochs,
+        "priors": options.priors,
+        "alpha_dbr": options.alpha_dbr,
+        "teacher_top1": first.teacher.top1,
+    }
     write_json(options.results / f"{stem}.json", facts | settings | {"students": [asdict(row) for row in rows]})
     title = f"# Accuracy by the byte on {first.dataset.name}, {first.images.ipc} images per class\n\n"
     about = (
         f"Students trained for {options.epochs} epochs; teacher {first.teacher.architecture}, top-1 "
-        f"{first.teacher.top1 or 0:.2%}. Bytes a pair are measured: records as stored (views, mixes and distances), "
-        "with priors and further classes in them, with codes beside them (without what their fit takes once); "
-        "FKD-style stores for soft labels and the top 5.\n\n"
+        f"{first.teacher.top1 or 0:.2%}. α_dbr {options.alpha_dbr:g} beside the KL of completed labels; codes train by "
+        "the KL alone. Bytes a pair are measured: records as stored (views, mixes and distances), with priors and "
+        "further classes in them, with codes beside them (without what their fit takes once); FKD-style stores for "
+        "soft labels and the top 5.\n\n"
     )
     write_text(
         options.results / f"{stem}.md", f"{title}{provenance_text(facts)}\n{about}{text}\n\n![top-1]({stem}.png)\n"
@@ -250,8 +259,20 @@ def _student_path(options: argparse.Namespace, kind: Kind, path: Path) -> Path:
     Which dataset and which test images those were is in the file.
     """
     labels = kind.name.replace(", ", "-").replace(" ", "-") + (f"-{options.priors}" if kind.priors else "")
-    name = f"{path.name}-{labels}-{options.student or 'default'}-{options.epochs}.json"
+    weight = _alpha_dbr(options, kind)
+    loss = "" if weight is None else f"-alpha{weight:g}"
+    name = f"{path.name}-{labels}{loss}-{options.student or 'default'}-{options.epochs}.json"
     return Path(options.out, name)
+
+
+def _alpha_dbr(options: argparse.Namespace, kind: Kind) -> float | None:
+    """The weight of the distances' error in the loss on completed labels; None for other labels.
+
+    A code guesses all distances but the pair's own, and the error counts those that are exact: 0.
+    """
+    if kind.labels != "dbr-completed":
+        return None
+    return 0.0 if kind.rank or kind.parts else float(options.alpha_dbr)
 
 
 def _completed(options: argparse.Namespace, kind: Kind, path: Path, teacher: Teacher, device: str) -> Path:
@@ -290,17 +311,18 @@ def _bare(manifest: Manifest) -> Manifest:
 def _train(
     options: argparse.Namespace, kind: Kind, path: Path, name: str, source: Source, teacher: Teacher
 ) -> Measured:
+    weight = _alpha_dbr(options, kind)
     with open_dataset(path) as dataset:
         config = StudentConfig(
             labels=kind.labels,
             architecture=options.student,
             epochs=options.epochs,
             teacher_checkpoint=options.teacher_checkpoint if StudentConfig.needs_teacher(kind.labels) else None,
-            # A code guesses all distances but the pair's own, and an error counts those that are exact.
-            alpha_dbr=0.0 if kind.rank or kind.parts else StudentConfig.alpha_dbr,
             seed=dataset.manifest.records.seed,
             device=pick_device(options.device),
         )
+        if weight is not None:
+            config = replace(config, alpha_dbr=weight)
         size = _stored_bytes(kind, dataset)
         if kind.rank or kind.parts:
             code, added = _fit_code(kind, dataset, teacher, config)
@@ -310,7 +332,14 @@ def _train(
             size += added
         else:
             result = train_student(path, source, config)
-        return Measured(kind=kind.name, dataset=name, seed=config.seed, bytes_per_pair=size, top1=100 * result.top1)
+        return Measured(
+            kind=kind.name,
+            dataset=name,
+            seed=config.seed,
+            bytes_per_pair=size,
+            top1=100 * result.top1,
+            alpha_dbr=weight,
+        )
 
 
 def _fit_code(

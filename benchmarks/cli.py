@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import add_columns, add_device, add_source, pick_device, run
+from benchmarks.command import add_alpha_dbr, add_columns, add_device, add_source, pick_device, run
 from benchmarks.dataset_verbs import add_dataset_verbs
 from benchmarks.exchange_verbs import add_exchange_verbs
 from benchmarks.verbs import Verb, add_dataset, add_verb
@@ -281,13 +281,7 @@ def _add_loss(group: argparse._ArgumentGroup) -> None:
         metavar="T",
         help="of soft and completed labels: temperature of the KL (1; RDED: 20)",
     )
-    group.add_argument(
-        "--alpha-dbr",
-        type=float,
-        default=0.5,
-        metavar="A",
-        help="of completed labels: weight of the distances' error beside the KL, divided by T² (0.5)",
-    )
+    add_alpha_dbr(group)
 
 
 def _add_preview(parser: argparse.ArgumentParser) -> None:

@@ -98,6 +98,17 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=choices, default="auto", help="auto (default) takes a GPU if there is one")
 
 
+def add_alpha_dbr(parser: argparse._ActionsContainer) -> None:
+    """Adds --alpha-dbr."""
+    parser.add_argument(
+        "--alpha-dbr",
+        type=number(0),
+        default=0.5,
+        metavar="A",
+        help="of completed labels: weight of the distances' error beside the KL, divided by T² (0.5)",
+    )
+
+
 def pick_device(name: str) -> str:
     """Resolves `auto` to `cuda` where there is a GPU, else `cpu`.
 

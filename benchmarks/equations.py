@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.command import add_device, add_source, pick_device, run, whole
+from benchmarks.command import add_alpha_dbr, add_device, add_source, pick_device, run, whole
 from benchmarks.grid import (
     IMAGES,
     LABELS,
@@ -27,6 +27,7 @@ from benchmarks.grid import (
     Origin,
     Table,
     cell_path,
+    loss_text,
     precision,
     read_cell,
     read_cells,
@@ -158,6 +159,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--iterations", type=whole(0), default=500, metavar="N", help="of refinement (500)")
     parser.add_argument("--student", metavar="ARCH", help="the students' network (the dataset's default)")
+    add_alpha_dbr(parser)
     parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], metavar="N", help="(0 1 2)")
     parser.add_argument("--collect", action="store_true", help="run nothing: report on the cells that OUT holds")
     add_device(parser)
@@ -183,6 +185,7 @@ def measure_equations(options: argparse.Namespace) -> int:
         epochs=options.epochs,
         stored_epochs=options.stored_epochs,
         iterations=options.iterations,
+        alpha_dbr=options.alpha_dbr,
         device=pick_device(options.device),
     )
     choices = (
@@ -278,7 +281,7 @@ def report(grid: Grid, table: Table, rows: Sequence[Row]) -> str:
         f"student {grid.student}; {grid.epochs} epochs of {stored_epochs(grid)} stored ones; tested on "
         f"{first.test_images:,} real images after the last epoch. One choice at a time differs from the base. Top-1 "
         "in %, mean ± standard deviation over seeds; differences from the base are paired by seed, in points, with "
-        "the 95 % interval of their mean."
+        f"the 95 % interval of their mean.{loss_text(grid)}"
     )
     lines = [
         [

@@ -148,6 +148,8 @@ class Grid:
     """In every dataset, repeated by the students' further epochs; None: as many as those train."""
     iterations: int
     """Of refinement, for the kinds of images that are refined."""
+    alpha_dbr: float = StudentConfig.alpha_dbr
+    """Of students on completed labels."""
     device: str = "cpu"
 
     def cells(self) -> Iterator[Cell]:
@@ -188,11 +190,12 @@ class Result:
             fp16 soft labels, or of five a pair, for the others.
         bytes_soft_labels: what soft labels of the same pairs take, measured on files.
         clipped_share: see `StudentResult`.
+        alpha_dbr: weight of the distances' error in the loss on completed labels; None for other labels.
         train_fingerprint, test_fingerprint: of the images it comes from and was tested on (`ImageSet.fingerprint`).
         precision: that its images were refined in; None where they are not refined.
         made: date, hardware and versions.
 
-    The last four are None in a file of before they were recorded.
+    The last five are None in a file of before they were recorded.
     """
 
     dataset: str
@@ -215,6 +218,7 @@ class Result:
     bytes_soft_labels: float
     clipped_share: float | None
     seconds: float
+    alpha_dbr: float | None = None
     train_fingerprint: str | None = None
     test_fingerprint: str | None = None
     precision: str | None = None
@@ -385,6 +389,7 @@ def run_cell(grid: Grid, cell: Cell, source: Source, origin: Origin) -> Result:
         bytes_soft_labels=soft,
         clipped_share=student.clipped_share,
         seconds=student.seconds,
+        alpha_dbr=config.alpha_dbr if LABELS[cell.labels].completes else None,
         train_fingerprint=origin.train,
         test_fingerprint=origin.test,
         precision=_refined_in(manifest),
@@ -511,6 +516,7 @@ def student_config(grid: Grid, cell: Cell) -> StudentConfig:
     config = StudentConfig(
         labels=kind.labels,
         soft_temperature=kind.soft_temperature,
+        alpha_dbr=grid.alpha_dbr if kind.completes else StudentConfig.alpha_dbr,
         architecture=grid.student,
         epochs=grid.epochs,
         teacher_checkpoint=grid.teacher_checkpoint if StudentConfig.needs_teacher(kind.labels) else None,
@@ -518,6 +524,12 @@ def student_config(grid: Grid, cell: Cell) -> StudentConfig:
         device=grid.device,
     )
     return replace(config, **dict(cell.student))
+
+
+def loss_text(grid: Grid) -> str:
+    """A sentence on the loss on completed labels, if there are any, for a report."""
+    completed = [labels for labels in grid.labels if LABELS[labels].completes]
+    return f" α_dbr {grid.alpha_dbr:g} beside the KL of {', '.join(completed)}." if completed else ""
 
 
 def image_kind(method: dict[str, Any]) -> str | None:

@@ -19,9 +19,18 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.accuracy import RECOVERED, add_grid, make_grid, paired, recovery, run_or_collect, spread_of, top1
+from benchmarks.accuracy import (
+    RECOVERED,
+    add_grid,
+    make_grid,
+    paired,
+    recovery,
+    run_or_collect,
+    spread_of,
+    top1,
+)
 from benchmarks.command import run
-from benchmarks.grid import Grid, Table, require_teacher, stored_epochs
+from benchmarks.grid import Grid, Table, loss_text, require_teacher, stored_epochs
 from benchmarks.results_io import (
     circumstances_text,
     make_folder,
@@ -108,7 +117,7 @@ def report(taught: Sequence[Taught]) -> str:
     parts = [
         f"Student {grid.student}; {grid.epochs} epochs of {stored_epochs(grid)} stored ones; {grid.iterations} steps "
         f"of refinement; {len(grid.seeds)} seeds. Top-1 in % on {results[0].test_images:,} real test images after the "
-        "last epoch, mean ± standard deviation over seeds; (of n): over n of them.",
+        f"last epoch, mean ± standard deviation over seeds; (of n): over n of them.{loss_text(grid)}",
         circumstances_text([result.made for result in results]),
         accuracy_table(taught),
     ]

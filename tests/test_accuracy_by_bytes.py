@@ -132,7 +132,11 @@ def test_the_command_trains_every_kind_once_and_reports_it(
     ]
     assert main(options) == 0
     (result,) = (tmp_path / "results").glob("*.json")
-    size = {row["kind"]: row["bytes_per_pair"] for row in json.loads(result.read_text())["students"]}
+    students = json.loads(result.read_text())["students"]
+    size = {row["kind"]: row["bytes_per_pair"] for row in students}
+    assert {row["alpha_dbr"] for row in students if row["kind"].startswith("completed")} == {0.5}
+    assert {row["alpha_dbr"] for row in students if " code, " in row["kind"]} == {0.0}
+    assert {row["alpha_dbr"] for row in students if row["kind"] in ("one-hot", "compact", "DBR", "soft")} == {None}
     assert len(size) == 11
     assert size["DBR"] < size["low-rank code, 2 components"] and size["DBR"] < size["product code, 2 parts"]
     assert size["one-hot"] == 0 < size["compact"] == size["DBR"] == size["completed, 0 further, no priors"]
@@ -162,6 +166,8 @@ def test_the_command_trains_every_kind_once_and_reports_it(
     capsys.readouterr()
     assert main([*options, "--student", "conv2-w4", "--name", "narrow"]) == 0  # another student is not done yet
     assert len(list((tmp_path / "out").glob("*.json"))) == 2 * len(size)
+    assert main([*options, "--alpha-dbr", "0"]) == 0  # nor is one with another loss, of those that have it
+    assert len(list((tmp_path / "out").glob("*.json"))) == 2 * len(size) + 4
     assert len(list((tmp_path / "results").glob("*-accuracy-by-bytes-narrow.json"))) == 1
 
 

@@ -19,7 +19,18 @@ from grid_result import result_of
 from PIL import Image
 
 from benchmarks import accuracy
-from benchmarks.grid import LABELS, Cell, Grid, Origin, cell_path, precision, read_cells, run_grid
+from benchmarks.grid import (
+    LABELS,
+    Cell,
+    Grid,
+    Origin,
+    cell_path,
+    loss_text,
+    precision,
+    read_cells,
+    run_grid,
+    student_config,
+)
 from benchmarks.results_io import circumstances, circumstances_text, write_json
 from benchmarks.teacher import TeacherConfig
 from builders.sources import load_source
@@ -75,6 +86,17 @@ def test_a_cell_of_other_images_is_refused_by_name(grid: Grid, fact: str, messag
     with pytest.raises(ConfigError) as caught:
         read_cells(grid, [cell], ORIGIN)
     assert str(path) in str(caught.value) and message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_weight_of_the_distances_error_is_of_completed_labels_only(grid: Grid) -> None:
+    alone = replace(grid, alpha_dbr=0.0, labels=("dbr", "dbr-further3", "soft"))
+    dbr, completed, soft = alone.cells()
+    assert student_config(alone, completed).alpha_dbr == 0
+    assert cell_path(alone, completed) != cell_path(grid, completed)
+    for cell in (dbr, soft):
+        assert cell_path(alone, cell) == cell_path(grid, cell)
+    assert loss_text(alone) == " α_dbr 0 beside the KL of dbr-further3."
+    assert loss_text(grid) == ""
 
 
 def test_precisions_are_not_mixed(grid: Grid) -> None:
@@ -141,10 +163,13 @@ def test_students_and_datasets_of_other_images_are_refused(tmp_path: Path, capsy
         assert f"error: {cell}: made with test images" in capsys.readouterr().err
     assert status(train, test, "compact") == 0  # the dataset is the same, the student is another
     assert status(train, test, "dbr-further3") == 0  # of three classes: two in a prior, one further
+    assert status(train, test, "dbr-further3", "--alpha-dbr", "0") == 0  # nor is this the same student
+    stored = [json.loads(path.read_text()) for path in (tmp_path / "out" / "cells").glob("*-dbr-further3-*")]
+    assert sorted(result["alpha_dbr"] for result in stored) == [0.0, 0.5]
     assert status(test, held_out, "dbr") == 2
     dataset = min((tmp_path / "out" / "datasets").iterdir())
     assert f"error: {dataset}: made with training images" in capsys.readouterr().err
-    assert len(list((tmp_path / "out" / "cells").iterdir())) == 3
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 4
 
 
 def test_labels_are_completed_by_no_more_classes_than_there_are() -> None:

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -32,20 +31,11 @@ from benchmarks.grid import (
     run_grid,
     stored_epochs,
 )
-from benchmarks.results_io import (
-    circumstances_text,
-    make_folder,
-    markdown_table,
-    provenance,
-    provenance_text,
-    write_json,
-    write_text,
-)
+from benchmarks.results_io import Picture, circumstances_text, markdown_table, provenance, write_report
 from benchmarks.spread import interval, spread
 from benchmarks.teacher import TeacherConfig
 from builders.sources import Source, load_source
 from nrrdd_format.errors import ConfigError
-from nrrdd_format.files import atomic_write
 
 MODULE = "benchmarks.accuracy"
 RESULTS = Path("benchmarks") / "results"
@@ -143,7 +133,16 @@ def measure_accuracy(options: argparse.Namespace) -> int:
         raise ConfigError(f"--collect: {grid.out} holds no cell of this grid; run it without --collect first")
     text = report(grid, table)
     print(f"\n{text}")
-    _write_results(options.results, options.name or grid.dataset, grid, table, text)
+    name = options.name or grid.dataset
+    write_report(
+        options.results,
+        f"accuracy-{name}",
+        provenance(MODULE, seeds=grid.seeds),
+        {"cells": [asdict(result) for result in table.values()]},
+        title=f"Accuracy on {name}",
+        text=text,
+        pictures=[Picture("top-1", plot(grid, table))],
+    )
     return 0
 
 
@@ -292,8 +291,8 @@ def _gaps(grid: Grid, table: Table) -> str:
     return "" if len(table) == count else f" Incomplete: {len(table)} of {count} students; (of n): over n seeds."
 
 
-def plot(path: Path, grid: Grid, table: Table) -> None:
-    """Writes a PNG: one panel for each number of images per class, a group of bars for each kind of images."""
+def plot(grid: Grid, table: Table) -> Figure:
+    """One panel for each number of images per class, a group of bars for each kind of images."""
     width = max(4.5, 1.3 * len(grid.images))
     figure = Figure(figsize=(width * len(grid.ipcs) + 1, 3.6), layout="constrained")
     panels = figure.subplots(1, len(grid.ipcs), squeeze=False, sharey=True)[0]
@@ -301,8 +300,7 @@ def plot(path: Path, grid: Grid, table: Table) -> None:
         _draw_panel(axis, grid, table, ipc)
     panels[0].set_ylabel("top-1, %")
     panels[-1].legend()
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+    return figure
 
 
 def _draw_panel(axis: Axes, grid: Grid, table: Table, ipc: int) -> None:
@@ -314,16 +312,6 @@ def _draw_panel(axis: Axes, grid: Grid, table: Table, ipc: int) -> None:
         axis.bar(places, [mean(each) if each else 0.0 for each in values], width, yerr=error, capsize=2, label=labels)
     axis.set_xticks(range(len(grid.images)), grid.images, rotation=20 if len(grid.images) > 4 else 0, ha="center")
     axis.set_title(f"{grid.dataset}, IPC {ipc}")
-
-
-def _write_results(folder: Path, name: str, grid: Grid, table: Table, text: str) -> None:
-    facts: dict[str, Any] = provenance(MODULE, seeds=grid.seeds)
-    stem = f"{facts['date']}-accuracy-{name}"
-    make_folder(folder)
-    write_json(folder / f"{stem}.json", facts | {"cells": [asdict(result) for result in table.values()]})
-    heading = f"# Accuracy on {name}\n\n{provenance_text(facts)}"
-    write_text(folder / f"{stem}.md", f"{heading}\n{text}\n\n![top-1]({stem}.png)\n")
-    plot(folder / f"{stem}.png", grid, table)
 
 
 if __name__ == "__main__":

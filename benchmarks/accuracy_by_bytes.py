@@ -25,15 +25,14 @@ from benchmarks.completion import complete
 from benchmarks.footprint import epoch_pairs, fkd_bytes_per_pair, in_full_batches
 from benchmarks.logit_codes import FIT_PAIRS, CodedBatches, LogitCode, LowRank, ProductCode, coded_bytes, predictions
 from benchmarks.results_io import (
+    Picture,
     circumstances,
     circumstances_text,
-    make_folder,
     markdown_table,
     provenance,
-    provenance_text,
     refuse_other,
     write_json,
-    write_text,
+    write_report,
 )
 from benchmarks.spread import interval, spread
 from benchmarks.student import (
@@ -47,7 +46,6 @@ from builders.sources import Source
 from builders.teacher import Teacher
 from nrrdd_format.dataset import DistilledDataset, open_dataset
 from nrrdd_format.errors import ConfigError
-from nrrdd_format.files import atomic_write
 from nrrdd_format.manifest import Manifest
 
 MODULE = "benchmarks.accuracy_by_bytes"
@@ -168,32 +166,31 @@ def measure(options: argparse.Namespace) -> int:
         for kind in _kinds(options):
             _finished(options, kind, path, tested_on)
     rows = [row for path in options.datasets for row in _measure_dataset(options, path, source, tested_on)]
-    seeds = sorted({row.seed for row in rows})
     names = [kind.name for kind in _kinds(options)]
     text = f"{circumstances_text([row.made for row in rows])}\n\n{table(rows, names)}"
     print(f"\n{text}")
-    facts = provenance(MODULE, seeds=seeds)
-    stem = f"{facts['date']}-accuracy-by-bytes-{options.name or first.dataset.name}"
-    make_folder(options.results)
     settings = {
         "epochs": options.epochs,
         "priors": options.priors,
         "alpha_dbr": options.alpha_dbr,
         "teacher_top1": first.teacher.top1,
     }
-    write_json(options.results / f"{stem}.json", facts | settings | {"students": [asdict(row) for row in rows]})
-    title = f"# Accuracy by the byte on {first.dataset.name}, {first.images.ipc} images per class\n\n"
     about = (
         f"Students trained for {options.epochs} epochs; teacher {first.teacher.architecture}, top-1 "
         f"{first.teacher.top1 or 0:.2%}. α_dbr {options.alpha_dbr:g} beside the KL of completed labels; codes train by "
         "the KL alone. Bytes a pair are measured: records as stored (views, mixes and distances), with priors and "
         "further classes in them, with codes beside them (without what their fit takes once); FKD-style stores for "
-        "soft labels and the top 5.\n\n"
+        "soft labels and the top 5."
     )
-    write_text(
-        options.results / f"{stem}.md", f"{title}{provenance_text(facts)}\n{about}{text}\n\n![top-1]({stem}.png)\n"
+    write_report(
+        options.results,
+        f"accuracy-by-bytes-{options.name or first.dataset.name}",
+        provenance(MODULE, seeds=sorted({row.seed for row in rows})),
+        settings | {"students": [asdict(row) for row in rows]},
+        title=f"Accuracy by the byte on {first.dataset.name}, {first.images.ipc} images per class",
+        text=f"{about}\n\n{text}",
+        pictures=[Picture("top-1", plot(rows, names))],
     )
-    plot(options.results / f"{stem}.png", rows, names)
     return 0
 
 
@@ -386,8 +383,8 @@ def table(rows: Sequence[Measured], names: Sequence[str]) -> str:
     return markdown_table(["labels", "bytes a pair", "top-1 %", "− DBR, 95 %", "recovered %"], lines)
 
 
-def plot(path: Path, rows: Sequence[Measured], names: Sequence[str]) -> None:
-    """Writes a PNG: bytes a pair, logarithmic, against top-1; lines join the numbers of further classes."""
+def plot(rows: Sequence[Measured], names: Sequence[str]) -> Figure:
+    """Bytes a pair, logarithmic, against top-1; lines join the numbers of further classes."""
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axis = figure.subplots()
     lines = {
@@ -407,8 +404,7 @@ def plot(path: Path, rows: Sequence[Measured], names: Sequence[str]) -> None:
     axis.axhline(mean(_tops(rows, "one-hot")), color="grey", linestyle=":", label="one-hot")
     axis.set(xscale="log", xlabel="bytes a pair", ylabel="student top-1, %")
     axis.legend(fontsize=8)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+    return figure
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.build_ranks import BuildRanks
 from benchmarks.command import run, whole
-from benchmarks.results_io import markdown_table, provenance, provenance_text, write_json, write_text
+from benchmarks.results_io import markdown_table, provenance, write_report
 from builders.models import create_model
 from builders.progress import Progress
 from builders.teacher import save_checkpoint
@@ -122,11 +122,14 @@ def report(kills: int, seed: int, *, ranks: Sequence[int], out: Path | None) -> 
     text = f"{summary(tally, ranks, unequal, time.perf_counter() - started)}\n\n{table(tally, ranks)}\n"
     print(f"{text}\n{_listed(failures)}{NOTES}")
     if out is not None:
-        facts = provenance(MODULE, seeds=[seed])
-        stem = f"{facts['date']}-build-kills"
-        write_json(out / f"{stem}.json", facts | as_json(tally, ranks, failures))
-        title = f"# Killed and resumed builds\n\n{provenance_text(facts)}\n"
-        write_text(out / f"{stem}.md", f"{title}{text}\n{_listed(failures)}{NOTES}")
+        write_report(
+            out,
+            "build-kills",
+            provenance(MODULE, seeds=[seed]),
+            as_json(tally, ranks, failures),
+            title="Killed and resumed builds",
+            text=f"{text}\n{_listed(failures)}{NOTES}",
+        )
     return 1 if failures else 0
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.build_watch import STAGES, START, StageCost
 from benchmarks.command import run
-from benchmarks.results_io import markdown_table, provenance, provenance_text, write_json, write_text
+from benchmarks.results_io import markdown_table, provenance, write_report
 from benchmarks.wide_build import MEGABYTE, SEED, Shape, description, measure
 from builders.progress import Progress
 
@@ -72,13 +72,17 @@ def report(base: Shape, larger: Sequence[tuple[str, int]], out: Path | None) -> 
     text = f"base: {description(base)}\n\n{table(costs)}"
     print(f"{text}\n\n{NOTES}")
     if out is not None:
-        facts = provenance(MODULE, seeds=[SEED])
-        stem = f"{facts['date']}-build-scaling"
         builds = {
             name: {"shape": asdict(shapes[name]), "stages": [asdict(cost) for cost in costs[name]]} for name in shapes
         }
-        write_json(out / f"{stem}.json", facts | {"builds": builds})
-        write_text(out / f"{stem}.md", f"# Growth of a build's cost\n\n{provenance_text(facts)}\n{text}\n\n{NOTES}")
+        write_report(
+            out,
+            "build-scaling",
+            provenance(MODULE, seeds=[SEED]),
+            {"builds": builds},
+            title="Growth of a build's cost",
+            text=f"{text}\n\n{NOTES}",
+        )
     return 0
 
 

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.command import add_device, pick_device, run, whole
 from benchmarks.loader_data import MEAN, STD, picture
 from benchmarks.plain_recover import recover
-from benchmarks.results_io import markdown_table, provenance, provenance_text, write_json, write_text
+from benchmarks.results_io import markdown_table, provenance, write_report
 from benchmarks.wide_build import untrained, write_images
 from builders.cam import ClassActivation
 from builders.config import DiscoverySettings, RefinementSettings
@@ -203,13 +203,15 @@ def report(options: argparse.Namespace) -> int:
     text = tables(timings, rates, cosines)
     print(f"{text}\n{NOTES}")
     if options.out is not None:
-        facts = provenance(MODULE, seeds=[SEED])
         on_gpu = "-cuda" if bench.eyes.device.type == "cuda" else ""
-        stem = f"{facts['date']}-builder-throughput-{architecture}-{options.size}{on_gpu}"
-        record = facts | _as_json(timings, rates, cosines, options, architecture)
-        write_json(options.out / f"{stem}.json", record)
-        title = f"# Speed of the builder: {architecture}, {options.size} px, batches of {options.batch_size}"
-        write_text(options.out / f"{stem}.md", f"{title}\n\n{provenance_text(facts)}\n{text}\n{NOTES}")
+        write_report(
+            options.out,
+            f"builder-throughput-{architecture}-{options.size}{on_gpu}",
+            provenance(MODULE, seeds=[SEED]),
+            _as_json(timings, rates, cosines, options, architecture),
+            title=f"Speed of the builder: {architecture}, {options.size} px, batches of {options.batch_size}",
+            text=f"{text}\n{NOTES}",
+        )
     return 0
 
 

@@ -21,7 +21,6 @@ from benchmarks.results_io import markdown_table
 from benchmarks.spread import spread
 from builders.assembly import METHOD
 from nrrdd_format.errors import ConfigError, counted, shown
-from nrrdd_format.files import atomic_write
 from nrrdd_format.manifest import Manifest
 from nrrdd_format.pairs import Coding
 
@@ -144,8 +143,8 @@ def accuracy_table(points: Sequence[Point]) -> str:
     return markdown_table(header, rows) if rows else ""
 
 
-def plot_points(path: Path, points: Sequence[Point]) -> None:
-    """Writes a PNG: bytes on a logarithmic axis against top-1, a line for each kind of images."""
+def plot_points(points: Sequence[Point]) -> Figure:
+    """Bytes on a logarithmic axis against top-1, a line for each kind of images."""
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axis = figure.subplots()
     least = min(point.bytes for point in points if point.bytes) / 10  # where labels without bytes are drawn
@@ -167,5 +166,4 @@ def plot_points(path: Path, points: Sequence[Point]) -> None:
     axis.margins(x=0.15)
     axis.set(xscale="log", xlabel="bytes of labels (one-hot: none)", ylabel="student top-1, %")
     axis.legend(fontsize=8)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+    return figure

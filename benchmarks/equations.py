@@ -35,22 +35,13 @@ from benchmarks.grid import (
     run_grid,
     stored_epochs,
 )
-from benchmarks.results_io import (
-    circumstances_text,
-    make_folder,
-    markdown_table,
-    provenance,
-    provenance_text,
-    write_json,
-    write_text,
-)
+from benchmarks.results_io import Picture, circumstances_text, markdown_table, provenance, write_report
 from benchmarks.spread import gaps, interval, spread
 from benchmarks.student import LABELS_OF_OPTION
 from benchmarks.teacher import TeacherConfig
 from builders.config import PATCH_OPTIONS, idle_options
 from builders.sources import load_source
 from nrrdd_format.errors import ConfigError
-from nrrdd_format.files import atomic_write
 
 MODULE = "benchmarks.equations"
 RESULTS = Path("benchmarks") / "results"
@@ -200,7 +191,16 @@ def measure_equations(options: argparse.Namespace) -> int:
     rows = [row for choice in choices for row in compare(grid, table, choice) if row.top1]
     text = report(grid, table, rows)
     print(f"\n{text}")
-    _write_results(options.results, options.name or f"{grid.dataset}-{options.images}", grid, table, rows, text)
+    name = options.name or f"{grid.dataset}-{options.images}"
+    write_report(
+        options.results,
+        f"equations-{name}",
+        provenance(MODULE, seeds=grid.seeds),
+        {"rows": [asdict(row) for row in rows], "cells": [asdict(result) for result in table.values()]},
+        title=f"The method's open choices, on {name}",
+        text=text,
+        pictures=[Picture("differences", plot(rows))],
+    )
     return 0
 
 
@@ -297,8 +297,8 @@ def report(grid: Grid, table: Table, rows: Sequence[Row]) -> str:
     return f"{intro}\n\n{made}\n\n{markdown_table(['choice', 'value', 'top-1 %', 'against the base', 'seeds'], lines)}"
 
 
-def plot(path: Path, rows: Sequence[Row]) -> None:
-    """Writes a PNG: the differences from the base, a line for every other value, a point a seed, and the means."""
+def plot(rows: Sequence[Row]) -> Figure:
+    """The differences from the base, a line for every other value, a point a seed, and the means."""
     shown = [row for row in rows if not row.is_base]
     figure = Figure(figsize=(7.5, 1.2 + 0.24 * len(shown)), layout="constrained")
     axis = figure.subplots()
@@ -310,19 +310,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     axis.set_yticks(range(len(shown)), [f"{row.choice}: {row.value}" for row in shown], fontsize=7)
     axis.invert_yaxis()
     axis.set_xlabel("points of top-1 against the base")
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=150)
-
-
-def _write_results(folder: Path, name: str, grid: Grid, table: Table, rows: Sequence[Row], text: str) -> None:
-    facts: dict[str, Any] = provenance(MODULE, seeds=grid.seeds)
-    stem = folder / f"{facts['date']}-equations-{name}"
-    make_folder(folder)
-    cells = [asdict(result) for result in table.values()]
-    write_json(stem.with_suffix(".json"), facts | {"rows": [asdict(row) for row in rows], "cells": cells})
-    heading = f"# The method's open choices, on {name}\n\n{provenance_text(facts)}"
-    write_text(stem.with_suffix(".md"), f"{heading}\n{text}\n\n![differences]({stem.name}.png)\n")
-    plot(stem.with_suffix(".png"), rows)
+    return figure
 
 
 if __name__ == "__main__":

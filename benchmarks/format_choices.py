@@ -26,7 +26,7 @@ from benchmarks.command import add_device, add_source, pick_device, run, whole
 from benchmarks.exact_distances import Distances, exact_distances
 from benchmarks.footprint import measure
 from benchmarks.grid import KEY_DIGITS, PLACES, Origin
-from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
+from benchmarks.results_io import Picture, markdown_table, provenance, write_json, write_report
 from benchmarks.spread import interval, spread
 from benchmarks.student import StudentConfig, train_student
 from builders.config import BuildConfig
@@ -180,16 +180,16 @@ def measure_choices(options: argparse.Namespace) -> int:
     results = list(run_cells(setup, source))
     text = report(setup, results)
     print(f"\n{text}")
-    facts = provenance(MODULE, seeds=setup.seeds)
-    name = f"{setup.dataset}-{len(source.class_names)}"
-    stem = options.results / f"{facts['date']}-choice-of-{setup.study}-{name}"
-    make_folder(stem.parent)
-    write_json(stem.with_suffix(".json"), facts | {"cells": [asdict(result) for result in results]})
-    title = f"# The choice of {setup.study}, on {len(source.class_names)} classes of {setup.dataset}"
-    heading = f"{title}\n\n{provenance_text(facts)}"
-    write_text(stem.with_suffix(".md"), f"{heading}\n{text}\n\n![top-1]({stem.name}.png)\n")
-    draw = plot_bytes if setup.study == "codecs" else plot
-    draw(stem.with_suffix(".png"), setup, results)
+    classes, draw = len(source.class_names), plot_bytes if setup.study == "codecs" else plot
+    write_report(
+        options.results,
+        f"choice-of-{setup.study}-{setup.dataset}-{classes}",
+        provenance(MODULE, seeds=setup.seeds),
+        {"cells": [asdict(result) for result in results]},
+        title=f"The choice of {setup.study}, on {classes} classes of {setup.dataset}",
+        text=text,
+        pictures=[Picture("top-1", draw(setup, results))],
+    )
     return 0
 
 
@@ -355,8 +355,8 @@ def _row(variant: Variant, first: Variant, results: Sequence[Result]) -> list[st
     ]
 
 
-def plot(path: Path, setup: Setup, results: Sequence[Result]) -> None:
-    """Writes a PNG: top-1 of every variant, one point a seed, and the means."""
+def plot(setup: Setup, results: Sequence[Result]) -> Figure:
+    """Top-1 of every variant, one point a seed, and the means."""
     variants = setup.variants
     figure = Figure(figsize=(7, 0.4 * len(variants) + 1.2), layout="constrained")
     axis = figure.subplots()
@@ -367,12 +367,11 @@ def plot(path: Path, setup: Setup, results: Sequence[Result]) -> None:
     axis.set_yticks(range(len(variants)), [variant.name for variant in variants])
     axis.invert_yaxis()
     axis.set_xlabel(f"top-1 of a DBR student on {setup.dataset}, % (points: seeds; bars: means)")
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+    return figure
 
 
-def plot_bytes(path: Path, setup: Setup, results: Sequence[Result]) -> None:
-    """Writes a PNG: bytes an image against top-1, mean and standard deviation over seeds, a line for each codec."""
+def plot_bytes(setup: Setup, results: Sequence[Result]) -> Figure:
+    """Bytes an image against top-1, mean and standard deviation over seeds, a line for each codec."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     variants = setup.variants
@@ -387,8 +386,7 @@ def plot_bytes(path: Path, setup: Setup, results: Sequence[Result]) -> None:
             axis.annotate(text, (size, mean(each)), xytext=(4, 4), textcoords="offset points", fontsize=8)
     axis.set(xlabel="bytes an image", ylabel=f"top-1 of a DBR student on {setup.dataset}, %")
     axis.legend()
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+    return figure
 
 
 def _of(results: Sequence[Result], variant: Variant) -> list[Result]:

@@ -28,7 +28,7 @@ from benchmarks.builder_throughput import (
     some_labels,
 )
 from benchmarks.command import add_device, run, whole
-from benchmarks.results_io import markdown_table, provenance, provenance_text, write_json, write_text
+from benchmarks.results_io import markdown_table, provenance, write_report
 from builders.cores import usable_cores
 from builders.discovery import Eyes
 from builders.label_refinement import MixDraws
@@ -108,14 +108,17 @@ def report(options: argparse.Namespace) -> int:
     text = f"{table(rows)}\n\n{_differing_text(differing)}\n"
     print(f"{text}\n{NOTES}")
     if options.out is not None:
-        facts = provenance(MODULE, seeds=[SEED])
         state = "untrained" if options.teacher_checkpoint is None else "trained"
-        stem = f"{facts['date']}-gradient-cosine-{state}-{architecture}-{options.size}"
         shape = {"architecture": architecture, "trained": state == "trained", "size": options.size}
         measured = {"rows": [asdict(row) for row in rows], "differing_decisions": differing}
-        write_json(options.out / f"{stem}.json", facts | shape | {"batch_size": options.batch_size} | measured)
-        title = f"# Gradient in bfloat16: {state} {architecture}, {options.size} px, batch of {options.batch_size}"
-        write_text(options.out / f"{stem}.md", f"{title}\n\n{provenance_text(facts)}\n{text}\n{NOTES}")
+        write_report(
+            options.out,
+            f"gradient-cosine-{state}-{architecture}-{options.size}",
+            provenance(MODULE, seeds=[SEED]),
+            shape | {"batch_size": options.batch_size} | measured,
+            title=f"Gradient in bfloat16: {state} {architecture}, {options.size} px, batch of {options.batch_size}",
+            text=f"{text}\n{NOTES}",
+        )
     return 0
 
 

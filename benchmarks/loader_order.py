@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.command import local_folder, run, whole
-from benchmarks.results_io import markdown_table, provenance, provenance_text, write_json, write_text
+from benchmarks.results_io import markdown_table, provenance, write_report
 from benchmarks.spread import interval, spread
 from benchmarks.student import Batches, StudentConfig, load_matching_source, pick_batch_size, train_student
 from builders.progress import Progress
@@ -119,7 +119,6 @@ def report(options: argparse.Namespace) -> int:
     with Progress(len(ORDERS) * len(options.seeds), "students", "student") as progress:
         for name in ORDERS:
             rows.append(measure(name, options, source, progress))
-    facts = provenance(MODULE, options.seeds)
     shards = [entry.pairs_per_epoch for entry in manifest.shards]
     text = (
         f"{sum(shards)} pairs an epoch in {len(shards)} shards of up to {max(shards)}, cycles of "
@@ -127,9 +126,14 @@ def report(options: argparse.Namespace) -> int:
         f"{len(options.seeds)} seeds; differences with their 95 % interval.\n\n{table(rows)}"
     )
     print(f"\n{text}")
-    stem = options.results / f"{facts['date']}-loader-order"
-    write_json(stem.with_suffix(".json"), facts | {"rows": [asdict(row) for row in rows]})
-    write_text(stem.with_suffix(".md"), f"# Order of pairs\n\n{provenance_text(facts)}\n{text}\n")
+    write_report(
+        options.results,
+        "loader-order",
+        provenance(MODULE, options.seeds),
+        {"rows": [asdict(row) for row in rows]},
+        title="Order of pairs",
+        text=text,
+    )
     return 0
 
 

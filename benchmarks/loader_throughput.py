@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -35,8 +34,7 @@ from benchmarks.loader_peers import (
     write_streaming,
 )
 from benchmarks.loader_timing import Case, Measurement, measure_all
-from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
-from nrrdd_format.files import atomic_write
+from benchmarks.results_io import Picture, markdown_table, provenance, write_json, write_report
 
 MODULE = "benchmarks.loader_throughput"
 DECODER = "decode only"
@@ -122,11 +120,19 @@ def report(options: argparse.Namespace) -> int:
     text = table(rows)
     print(f"{text}\n\n{notes}")
     facts = provenance(MODULE, seeds=[0])
-    record = facts | {"skipped": {} if skipped is None else {STREAMING: skipped}, "rows": [asdict(row) for row in rows]}
+    data = {"skipped": {} if skipped is None else {STREAMING: skipped}, "rows": [asdict(row) for row in rows]}
     if options.json is not None:
-        write_json(options.json, record)
+        write_json(options.json, facts | data)
     if options.out is not None:
-        _write_results(options.out / f"{facts['date']}-throughput", record, f"{text}\n\n{notes}", rows)
+        write_report(
+            options.out,
+            "throughput",
+            facts,
+            data,
+            title="Loader throughput",
+            text=f"{text}\n\n{notes}",
+            pictures=[Picture("pairs a second", plot(rows))],
+        )
     return 0
 
 
@@ -235,8 +241,8 @@ def table(rows: Sequence[Row]) -> str:
     return markdown_table(header, lines)
 
 
-def plot(path: Path, rows: Sequence[Row]) -> None:
-    """Writes a PNG: pairs a second of every loader that was compared with others, lowest and highest marked."""
+def plot(rows: Sequence[Row]) -> Figure:
+    """Pairs a second of every loader that was compared with others, lowest and highest marked."""
     shown = [row for row in rows if row.ratio_to_fkd is not None]
     figure = Figure(figsize=(8, 0.4 * len(shown) + 1.2), layout="constrained")
     axis = figure.subplots()
@@ -247,8 +253,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     axis.set_yticks(range(len(shown)), [f"{row.name}, {row.resolution} px" for row in shown])
     axis.invert_yaxis()
     axis.set(xscale="log", xlabel=f"pairs a second, {shown[0].workers} workers")
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+    return figure
 
 
 def _data(options: argparse.Namespace, folder: Path, size: int, images: int) -> Data:
@@ -257,15 +262,6 @@ def _data(options: argparse.Namespace, folder: Path, size: int, images: int) -> 
 
 def _write(options: argparse.Namespace, folder: Path, size: int, images: int) -> Data:
     return write_data(_data(options, folder, size, images))
-
-
-def _write_results(stem: Path, record: dict[str, Any], text: str, rows: Sequence[Row]) -> None:
-    make_folder(stem.parent)
-    write_json(stem.with_name(stem.name + ".json"), record)
-    plot(stem.with_name(stem.name + ".png"), rows)
-    picture = f"![pairs a second]({stem.name}.png)\n"
-    content = f"# Loader throughput\n\n{provenance_text(record)}\n{text}\n{picture}"
-    write_text(stem.with_name(stem.name + ".md"), content)
 
 
 if __name__ == "__main__":

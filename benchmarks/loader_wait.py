@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks.command import add_device, pick_device, run, whole
 from benchmarks.loader_data import CLASSES, Data, write_data
-from benchmarks.results_io import markdown_table, provenance, provenance_text, write_json, write_text
+from benchmarks.results_io import markdown_table, provenance, write_report
 from builders.cores import usable_cores
 from builders.models import create_model
 from builders.progress import Progress
@@ -95,10 +95,14 @@ def report(options: argparse.Namespace) -> int:
         ],
     )
     print(f"\n{text}")
-    facts = provenance(MODULE, [0])
-    stem = options.out / f"{facts['date']}-loader-wait-{row.device}"
-    write_json(stem.with_suffix(".json"), facts | {"rows": [asdict(row)]})
-    write_text(stem.with_suffix(".md"), f"# Waiting for data\n\n{provenance_text(facts)}\n{text}\n")
+    write_report(
+        options.out,
+        f"loader-wait-{row.device}",
+        provenance(MODULE, [0]),
+        {"rows": [asdict(row)]},
+        title="Waiting for data",
+        text=text,
+    )
     return 0
 
 

@@ -27,7 +27,7 @@ from benchmarks.command import run, whole
 from benchmarks.mutants import Mutant
 from benchmarks.mutation_check import MAX_MEMORY, MAX_SECONDS, Bench, Verdict, limit_memory, peak_memory
 from benchmarks.mutation_parts import Draw, make_bases
-from benchmarks.results_io import markdown_table, provenance, provenance_text, write_json, write_text
+from benchmarks.results_io import markdown_table, provenance, write_json, write_report
 from builders.cores import usable_cores
 from builders.progress import Progress
 
@@ -211,14 +211,13 @@ def report(count: int, seed: int, *, step: int, workers: int, json_path: Path | 
     text = f"{table(tally)}\n\n{summary(tally, seconds, workers)}\n"
     print(f"{text}\n{failure_text(tally)}{NOTES}")
     facts = provenance(MODULE, seeds=[seed])
-    record = facts | as_json(tally, seconds, workers)
+    data = as_json(tally, seconds, workers)
     if json_path is not None:
-        write_json(json_path, record)
+        write_json(json_path, facts | data)
     if out is not None:
-        stem = f"{facts['date']}-mutations"
-        write_json(out / f"{stem}.json", record)
-        title = f"# Mutated datasets\n\n{provenance_text(record)}\n"
-        write_text(out / f"{stem}.md", f"{title}{text}\n{failure_text(tally)}{NOTES}")
+        write_report(
+            out, "mutations", facts, data, title="Mutated datasets", text=f"{text}\n{failure_text(tally)}{NOTES}"
+        )
     return 1 if failures(tally) else 0
 
 

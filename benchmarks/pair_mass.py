@@ -21,14 +21,13 @@ from torch.nn import functional as F
 
 from benchmarks.command import add_device, add_source, number, pick_device, run, whole
 from benchmarks.grid import IMAGES, Cell, Changes, Grid, Origin, built_dataset, labelled_dataset, require_teacher
-from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
+from benchmarks.results_io import Picture, markdown_table, provenance, write_report
 from benchmarks.spread import spread
 from benchmarks.student import load_dataset_teacher
 from benchmarks.teacher import TeacherConfig
 from builders.sources import load_source
 from builders.teacher import Teacher
 from loaders import DBRBatch, DBRLoader, completed_labels
-from nrrdd_format.files import atomic_write
 from nrrdd_format.manifest import MANIFEST_NAME, Manifest
 
 MODULE = "benchmarks.pair_mass"
@@ -122,15 +121,16 @@ def measure(options: argparse.Namespace) -> int:
         print(f"{rows[-1].name}, seed {cell.seed}: p_i + p_j {rows[-1].pair_mass:.3f}", flush=True)
     text = table(rows)
     print(f"\n{text}\n\n{NOTES}")
-    facts = provenance(MODULE, seeds=options.seeds)
     name = options.name or options.source
-    stem = options.results / f"{facts['date']}-pair-mass-{name}"
-    make_folder(options.results)
-    write_json(stem.with_suffix(".json"), facts | {"datasets": [asdict(row) for row in rows]})
-    heading = f"# What the two distances leave unsaid, on {name}, {options.ipc} images per class\n\n"
-    picture = f"![masses]({stem.name}.png)"
-    write_text(stem.with_suffix(".md"), f"{heading}{provenance_text(facts)}\n{text}\n\n{NOTES}\n{picture}\n")
-    plot(stem.with_suffix(".png"), rows)
+    write_report(
+        options.results,
+        f"pair-mass-{name}",
+        provenance(MODULE, seeds=options.seeds),
+        {"datasets": [asdict(row) for row in rows]},
+        title=f"What the two distances leave unsaid, on {name}, {options.ipc} images per class",
+        text=f"{text}\n\n{NOTES}",
+        pictures=[Picture("masses", plot(rows))],
+    )
     return 0
 
 
@@ -224,8 +224,8 @@ def table(rows: Sequence[Measured]) -> str:
     return markdown_table(["images", "p_i + p_j", "3 others", *(f"KL, {name}" for name in COMPLETIONS)], lines)
 
 
-def plot(path: Path, rows: Sequence[Measured]) -> None:
-    """Writes a PNG: a bar for each row, the mass of the pair's classes, of three others, and of what is left."""
+def plot(rows: Sequence[Measured]) -> Figure:
+    """A bar for each row, the mass of the pair's classes, of three others, and of what is left."""
     names = list(dict.fromkeys(row.name for row in rows))
     figure = Figure(figsize=(7.5, 1.4 + 0.3 * len(names)), layout="constrained")
     axis = figure.subplots()
@@ -239,8 +239,7 @@ def plot(path: Path, rows: Sequence[Measured]) -> None:
     axis.invert_yaxis()
     axis.set(xlabel="share of the teacher's prediction", xlim=(0, 1))
     axis.legend(fontsize=8, loc="lower right")
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+    return figure
 
 
 def _mean(values: Sequence[float]) -> float:

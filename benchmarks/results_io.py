@@ -8,13 +8,17 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from builders.cores import usable_cores
 from nrrdd_format.errors import ConfigError, OutputError
 from nrrdd_format.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PACKAGES = ("nrrdd", "torch", "torchvision", "numpy", "pillow", "simplejpeg", "zstandard")
 
@@ -89,6 +93,51 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(_table_line(line, widths) for line in [header, rule, *rows])
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A figure of a report."""
+
+    caption: str
+    figure: Figure
+    suffix: str = ""
+    """Of its file's name, where a report has several."""
+
+
+def write_report(
+    folder: Path,
+    name: str,
+    facts: Mapping[str, Any],
+    data: Mapping[str, Any],
+    *,
+    title: str,
+    text: str,
+    pictures: Sequence[Picture] = (),
+) -> None:
+    """Writes a report into the results folder: `<date>-<name>`.md to read, .json with all that was measured, and .png.
+
+    Args:
+        folder: made when missing.
+        name: of the files.
+        facts: `provenance` of the run.
+        data: what was measured, as JSON values.
+        title, text: Markdown; the provenance stands between them, pictures at the end.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    stem = f"{facts['date']}-{name}"
+    make_folder(folder)
+    write_json(folder / f"{stem}.json", {**facts, **data})
+    links = []
+    for picture in pictures:
+        file_name = f"{stem}{picture.suffix}.png"
+        with atomic_write(folder / file_name) as file:
+            picture.figure.savefig(file, format="png", dpi=150)
+        links.append(f"![{picture.caption}]({file_name})")
+    parts = [f"# {title}", _provenance_text(facts), text.rstrip("\n"), *links]
+    write_text(folder / f"{stem}.md", "\n\n".join(parts) + "\n")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON value, whole or not at all, making the folder when missing.
 
@@ -123,12 +172,12 @@ def make_folder(path: Path) -> None:
         raise OutputError(f"{path}: cannot make the folder ({error.strerror}); choose a writable place") from error
 
 
-def provenance_text(facts: dict[str, Any]) -> str:
+def _provenance_text(facts: Mapping[str, Any]) -> str:
     """The provenance as a Markdown paragraph and the command as a code block."""
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     seeds = ", ".join(map(str, facts["seeds"]))
     device = _device(facts["hardware"])
-    return f"{facts['date']}, on {device}; {versions}; seeds {seeds}.\n\n```\n{facts['command']}\n```\n"
+    return f"{facts['date']}, on {device}; {versions}; seeds {seeds}.\n\n```\n{facts['command']}\n```"
 
 
 def circumstances_text(of_students: Sequence[Mapping[str, Any] | None]) -> str:

@@ -21,7 +21,7 @@ from typing import Any, get_args
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.bytes_and_accuracy import Point, Sizes, accuracy_table, plot_points, points_of, read_cells, title
+from benchmarks.bytes_and_accuracy import Sizes, accuracy_table, plot_points, points_of, read_cells, title
 from benchmarks.command import local_folder, run
 from benchmarks.exact_distances import joint_entropy, load_sample
 from benchmarks.fkd_store import Form
@@ -39,14 +39,13 @@ from benchmarks.footprint import (
 from benchmarks.level_spacings import measure_spacings, spacing_table
 from benchmarks.model_shard import block_bytes_per_pair, write_model_shard
 from benchmarks.model_store import measure_import
-from benchmarks.results_io import make_folder, markdown_table, provenance, provenance_text, write_json, write_text
+from benchmarks.results_io import Picture, markdown_table, provenance, write_json, write_report
 from builders.import_fkd import ImportFacts
 from builders.models import create_model
 from builders.teacher import save_checkpoint
 from nrrdd_format.codebooks import distance_levels
 from nrrdd_format.dataset import DistilledDataset, open_dataset
 from nrrdd_format.errors import ConfigError
-from nrrdd_format.files import atomic_write
 from nrrdd_format.pairs import Coding
 from nrrdd_format.shards import ShardReader
 
@@ -188,7 +187,7 @@ def report(options: argparse.Namespace) -> int:
     text = "\n\n".join(table for table in tables if table)
     print(f"{text}\n\n{notes}")
     facts = provenance(MODULE, seeds=[0])
-    record = facts | {
+    data = {
         "rows": [row.as_json(rows[0]) for row in rows],
         "measured": [asdict(each) for each in measured],
         "distances": samples,
@@ -198,9 +197,14 @@ def report(options: argparse.Namespace) -> int:
         "points": [asdict(point) for point in points],
     }
     if options.json is not None:
-        write_json(options.json, record)
+        write_json(options.json, facts | data)
     if options.out is not None:
-        _write_results(options.out / f"{facts['date']}-storage", record, f"{text}\n\n{notes}", rows, points)
+        pictures = [Picture("gigabytes", plot(rows))]
+        if points:
+            pictures.append(Picture("bytes against accuracy", plot_points(points), "-accuracy"))
+        write_report(
+            options.out, "storage", facts, data, title="Label storage", text=f"{text}\n\n{notes}", pictures=pictures
+        )
     return 0
 
 
@@ -424,8 +428,8 @@ def import_table(facts: ImportFacts | None) -> str:
     return markdown_table(header, [row])
 
 
-def plot(path: Path, rows: Sequence[Row]) -> None:
-    """Writes a PNG: gigabytes of every row at every IPC, on a logarithmic axis."""
+def plot(rows: Sequence[Row]) -> Figure:
+    """Gigabytes of every row at every IPC, on a logarithmic axis."""
     shown = [row for row in rows if row.bytes_per_pair]
     figure = Figure(figsize=(8, 0.45 * len(shown) + 1.5), layout="constrained")
     axis = figure.subplots()
@@ -437,8 +441,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     axis.invert_yaxis()
     axis.set(xscale="log", xlabel="labels of ImageNet-1k, 300 epochs, GB")
     axis.legend()
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+    return figure
 
 
 def _row(name: str, sizes: dict[int, float]) -> Row:
@@ -453,17 +456,6 @@ def _row(name: str, sizes: dict[int, float]) -> Row:
 
 def _row_per_pair(name: str, bytes_per_pair: float) -> Row:
     return _row(name, {ipc: bytes_per_pair * ipc * IMAGENET_CLASSES * EPOCHS for ipc in IPCS})
-
-
-def _write_results(stem: Path, record: dict[str, Any], text: str, rows: Sequence[Row], points: Sequence[Point]) -> None:
-    make_folder(stem.parent)
-    write_json(stem.with_name(stem.name + ".json"), record)
-    pictures = f"![gigabytes]({stem.name}.png)\n"
-    plot(stem.with_name(stem.name + ".png"), rows)
-    if points:
-        plot_points(stem.with_name(stem.name + "-accuracy.png"), points)
-        pictures += f"![bytes against accuracy]({stem.name}-accuracy.png)\n"
-    write_text(stem.with_name(stem.name + ".md"), f"# Label storage\n\n{provenance_text(record)}\n{text}\n{pictures}")
 
 
 if __name__ == "__main__":

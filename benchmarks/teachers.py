@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -31,18 +30,9 @@ from benchmarks.accuracy import (
 )
 from benchmarks.command import run
 from benchmarks.grid import Grid, Table, loss_text, require_teacher, stored_epochs
-from benchmarks.results_io import (
-    circumstances_text,
-    make_folder,
-    markdown_table,
-    provenance,
-    provenance_text,
-    write_json,
-    write_text,
-)
+from benchmarks.results_io import Picture, circumstances_text, markdown_table, provenance, write_report
 from builders.sources import load_source
 from nrrdd_format.errors import ConfigError, counted
-from nrrdd_format.files import atomic_write
 
 MODULE = "benchmarks.teachers"
 
@@ -106,7 +96,16 @@ def measure_teachers(options: Namespace) -> int:
         raise ConfigError(f"--collect: {options.out} holds no cell of these grids; run it without --collect first")
     text = report(taught)
     print(f"\n{text}")
-    _write_results(options.results, options.name or taught[0].grid.dataset, taught, text)
+    name = options.name or taught[0].grid.dataset
+    write_report(
+        options.results,
+        f"teachers-{name}",
+        provenance(MODULE, seeds=taught[0].grid.seeds),
+        {"cells": [asdict(result) for each in taught for result in each.table.values()]},
+        title=f"Teachers of students on {name}",
+        text=text,
+        pictures=[Picture("top-1", plot(taught))],
+    )
     return 0
 
 
@@ -175,8 +174,8 @@ def _rows(taught: Sequence[Taught]) -> Iterator[tuple[list[str], dict[str, dict[
                 yield [f"IPC {ipc}, {images}", each.name, shown], tops
 
 
-def plot(path: Path, taught: Sequence[Taught]) -> None:
-    """Writes a PNG: a panel for each kind of images, a group of bars for each teacher."""
+def plot(taught: Sequence[Taught]) -> Figure:
+    """A panel for each kind of images, a group of bars for each teacher."""
     grid = taught[0].grid
     panels = [(ipc, images) for ipc in grid.ipcs for images in grid.images]
     width = max(4.0, 1.6 * len(taught))
@@ -186,8 +185,7 @@ def plot(path: Path, taught: Sequence[Taught]) -> None:
         _draw_panel(axis, taught, ipc, images)
     axes[0].set_ylabel("top-1 of the student, %")
     axes[-1].legend(fontsize=7)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+    return figure
 
 
 def _draw_panel(axis: Axes, taught: Sequence[Taught], ipc: int, images: str) -> None:
@@ -201,17 +199,6 @@ def _draw_panel(axis: Axes, taught: Sequence[Taught], ipc: int, images: str) -> 
     names = [f"{each.name}\n{each.top1:.1f} %" if each.top1 is not None else each.name for each in taught]
     axis.set_xticks(range(len(taught)), names, fontsize=7)
     axis.set_title(f"IPC {ipc}, {images} images")
-
-
-def _write_results(folder: Path, name: str, taught: Sequence[Taught], text: str) -> None:
-    facts: dict[str, Any] = provenance(MODULE, seeds=taught[0].grid.seeds)
-    stem = f"{facts['date']}-teachers-{name}"
-    make_folder(folder)
-    cells = [asdict(result) for each in taught for result in each.table.values()]
-    write_json(folder / f"{stem}.json", facts | {"cells": cells})
-    heading = f"# Teachers of students on {name}\n\n{provenance_text(facts)}"
-    write_text(folder / f"{stem}.md", f"{heading}\n{text}\n\n![top-1]({stem}.png)\n")
-    plot(folder / f"{stem}.png", taught)
 
 
 if __name__ == "__main__":

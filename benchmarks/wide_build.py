@@ -20,14 +20,7 @@ from torch import nn
 from benchmarks.build_watch import StageCost, watch_build
 from benchmarks.command import add_device, pick_device, run, whole
 from benchmarks.loader_data import picture
-from benchmarks.results_io import (
-    make_folder,
-    markdown_table,
-    provenance,
-    provenance_text,
-    write_json,
-    write_text,
-)
+from benchmarks.results_io import make_folder, markdown_table, provenance, write_report
 from builders.cores import usable_cores
 from builders.models import create_model
 from builders.teacher import save_checkpoint
@@ -113,12 +106,14 @@ def report(shape: Shape, folder: Path | None, out: Path | None) -> int:
     text = table(shape, costs)
     print(f"{text}\n\n{NOTES}")
     if out is not None:
-        facts = provenance(MODULE, seeds=[SEED])
-        stem = f"{facts['date']}-wide-build"
-        record = facts | {"shape": asdict(shape), "stages": [asdict(cost) for cost in costs]}
-        write_json(out / f"{stem}.json", record)
-        title = f"# A build of {shape.classes} classes at {shape.size} px\n\n{provenance_text(facts)}\n"
-        write_text(out / f"{stem}.md", f"{title}{description(shape)}\n\n{text}\n\n{NOTES}")
+        write_report(
+            out,
+            "wide-build",
+            provenance(MODULE, seeds=[SEED]),
+            {"shape": asdict(shape), "stages": [asdict(cost) for cost in costs]},
+            title=f"A build of {shape.classes} classes at {shape.size} px",
+            text=f"{description(shape)}\n\n{text}\n\n{NOTES}",
+        )
     return 0
 
 

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 from make_dataset import make_tiny_dataset
+from matplotlib.figure import Figure
 
 from benchmarks import accuracy, cli, demo, student, teachers
 from benchmarks.command import run
 from benchmarks.grid import Cell, Grid, build_config, cell_path, dataset_path, student_config
-from benchmarks.results_io import command_line, markdown_table, provenance, provenance_text, write_json
+from benchmarks.results_io import Picture, command_line, markdown_table, provenance, write_json, write_report
 from benchmarks.spread import interval, spread
 from benchmarks.student import StudentConfig, StudentResult
 from benchmarks.teacher import TeacherConfig
@@ -465,10 +466,17 @@ def test_a_published_command_holds_no_absolute_path() -> None:
     assert command_line("m", arguments) == "python -m m …/data set --out=…/y relative/path 'two words'"
 
 
-def test_results_say_what_ran_where() -> None:
+def test_reports_say_what_ran_where(tmp_path: Path) -> None:
     facts = provenance("benchmarks.accuracy", seeds=[0, 1])
     assert facts["seeds"] == [0, 1] and facts["versions"]["torch"] and facts["hardware"]["cores"] >= 1
-    assert facts["command"] in provenance_text(facts)
+    pictures = [Picture("one", Figure()), Picture("two", Figure(), "-more")]
+    write_report(tmp_path / "new", "name", facts, {"rows": [1]}, title="Title", text="| a |\n", pictures=pictures)
+    stem = tmp_path / "new" / f"{facts['date']}-name"
+    text = stem.with_suffix(".md").read_text()
+    assert text.startswith(f"# Title\n\n{facts['date']}, on ") and facts["command"] in text
+    assert text.endswith(f"\n\n| a |\n\n![one]({stem.name}.png)\n\n![two]({stem.name}-more.png)\n")
+    assert json.loads(stem.with_suffix(".json").read_text()) == facts | {"rows": [1]}
+    assert sorted(path.suffix for path in stem.parent.iterdir()) == [".json", ".md", ".png", ".png"]
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

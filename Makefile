@@ -2,6 +2,8 @@
 # make test    all tests, with coverage
 # make lint    ruff and mypy
 # make test-oldest   the tests on the oldest supported versions (.ci/oldest-versions.txt)
+# make gpu     what only a GPU can show: its tests, speed, and students of the paper's size; hours, and started again it
+#              goes on. CIFAR10= and TINY= say where the images lie; gpu-tests, gpu-speed, gpu-cifar10, gpu-tiny are its parts
 # make clean   remove what builds, tools and the demo left; make distclean: the virtual environments too
 # Every target makes the virtual environment it needs, and again when setup.cfg or pyproject.toml has changed.
 
@@ -17,7 +19,7 @@ COVERAGE := --cov --cov-report=term
 # Two makes at once must not install into one environment; the second finds the work done.
 LOCKED = $(if $(shell command -v flock),flock .venv.lock) $(MAKE) --no-print-directory --silent
 
-.PHONY: demo test lint test-oldest clean distclean .venv .venv-oldest
+.PHONY: demo test lint test-oldest gpu gpu-tests gpu-speed gpu-cifar10 gpu-tiny clean distclean .venv .venv-oldest
 
 demo: .venv
 	@$(BIN)/python -m benchmarks.demo --out $(DEMO)
@@ -32,6 +34,40 @@ lint: .venv
 
 test-oldest: .venv-oldest
 	@.venv-oldest/bin/python $(PYTEST)
+
+gpu: gpu-tests gpu-speed gpu-cifar10 gpu-tiny
+
+GPU := gpu-output
+CIFAR10 ?= data/cifar10
+TINY ?= data/tiny-imagenet
+TEACHER := --epochs 8 --batch-size 512 --learning-rate 0.2 --bf16 --device cuda
+STUDENTS := --preset full --seeds 0 1 2 --images random-real rded nrr+lr --processes 3 --device cuda
+
+gpu-tests: .venv
+	$(BIN)/python -m pytest -q -m gpu
+
+gpu-speed: .venv
+	$(BIN)/python -m benchmarks.builder_throughput --device cuda --compile bf16 --size 224 --batch-size 100 --iterations 50 --repeats 5 \
+		--pairs 1000 --source-images 1000 --out benchmarks/results
+	$(BIN)/python -m benchmarks.loader_wait --device cuda
+
+gpu-cifar10: .venv
+	for network in conv3 resnet18-small; do \
+		$(BIN)/nrrdd teacher --dataset cifar10 --data-dir $(CIFAR10) --architecture $$network $(TEACHER) --out $(GPU)/cifar10-$$network.pt && \
+		$(BIN)/python -m benchmarks.accuracy --dataset cifar10 --data-dir $(CIFAR10) --teacher-checkpoint $(GPU)/cifar10-$$network.pt \
+			--student $$network $(STUDENTS) --ipc 10 50 1 --out $(GPU)/cifar10-$$network --name cifar10-$$network-gpu \
+			--labels one-hot compact dbr dbr-priors dbr-further1 dbr-further3 fkd-top5 soft soft-t20 || exit; \
+	done
+
+gpu-tiny: .venv
+	$(BIN)/nrrdd teacher --dataset tiny-imagenet --data-dir $(TINY) --architecture resnet18-small $(TEACHER) --out $(GPU)/tiny.pt
+	for ipc in 10 50; do \
+		$(BIN)/build-distilled --dataset tiny-imagenet --data-dir $(TINY) --ipc $$ipc --teacher-checkpoint $(GPU)/tiny.pt --device cuda --compile \
+			--out $(GPU)/tiny-ipc$$ipc || exit; \
+	done
+	$(BIN)/python -m benchmarks.accuracy --dataset tiny-imagenet --data-dir $(TINY) --teacher-checkpoint $(GPU)/tiny.pt \
+		--student resnet18-small $(STUDENTS) --ipc 10 50 --out $(GPU)/tiny --name tiny-imagenet-gpu \
+		--labels one-hot compact dbr dbr-priors99 dbr-further1-priors99 dbr-further3-priors99 fkd-top5 soft soft-t20
 
 .venv:
 	@$(LOCKED) .venv/.installed

@@ -34,7 +34,7 @@ class DBRLoss(nn.Module):
         alpha_sce, alpha_dbr: weights of the two parts.
         radius: r, in nats.
         sce: "sample": mean of max(0, CE - r); "batch": max(0, mean CE - r); "target": CE to labels cut at
-            1 - r, what is cut spread evenly over the classes below; "entropy": mean of
+            max(1 - r, 1 / C), what is cut spread evenly over the classes below; "entropy": mean of
             max(0, CE - H(lam) - r), H(lam) being the least value CE can have.
         distance: "l1": |x|; "huber": quadratic up to 1 nat, then linear; "squared": x**2.
         temperature: softmax temperature of the student's distances; must be the teacher's
@@ -98,8 +98,9 @@ class DBRLoss(nn.Module):
         log_p = _log_softmax(logits)
         if self.sce == "target":
             labels = _mixed_labels(batch, logits.shape[1])
-            capped = labels > 1 - self.radius
-            return _soft_cross_entropy(log_p, _spread_excess(labels, capped, 1 - self.radius)), capped.any(1)
+            cap = max(1 - self.radius, 1 / logits.shape[1])  # a lower one would cut both of two classes
+            capped = labels > cap
+            return _soft_cross_entropy(log_p, _spread_excess(labels, capped, cap)), capped.any(1)
         cross_entropy = _mixed_cross_entropy(log_p, batch)
         if self.sce == "batch":
             cross_entropy = cross_entropy.mean()

@@ -160,6 +160,21 @@ def test_distance_error(distance: Distance, temperature: float) -> None:
     assert terms["dbr"].item() == pytest.approx(expected_dbr(distance, temperature), rel=1e-5)
 
 
+@given(st.integers(2, 6), st.floats(0, 1), st.floats(0, 0.99), st.booleans())
+def test_cut_labels_are_distributions(classes: int, lam: float, radius: float, same: bool) -> None:
+    """With equal logits the cross-entropy to any distribution is log C."""
+    batch = make_batch([(0, 0 if same else 1)], [lam])
+    found = DBRLoss(sce="target", radius=radius).terms(torch.zeros(1, classes), batch)["sce"]
+    assert found.item() == pytest.approx(math.log(classes), rel=1e-5)
+
+
+def test_a_cut_label_is_at_most_even() -> None:
+    """What is cut from one of two classes must not make the other one the likelier."""
+    logits = torch.tensor([[0.9, 0.1]]).log()
+    found = DBRLoss(sce="target", radius=0.8).terms(logits, make_batch([(0, 0)], [1.0]))["sce"]
+    assert found.item() == pytest.approx(-0.5 * math.log(0.9) - 0.5 * math.log(0.1), rel=1e-5)
+
+
 def test_the_loss_is_the_weighted_sum() -> None:
     loss = DBRLoss(alpha_sce=0.3, alpha_dbr=2.0)
     terms = loss.terms(LOGITS, BATCH)

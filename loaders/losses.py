@@ -85,7 +85,7 @@ class DBRLoss(nn.Module):
         """
         _check_sizes(logits, batch)
         sce, clipped = self._bounded_cross_entropy(logits, batch)
-        dbr = self._distance_error(logits, batch)
+        dbr = _own_error(_log_softmax(logits, self.temperature), batch, self.distance).mean()
         return {
             "loss": self.alpha_sce * sce + self.alpha_dbr * dbr,
             "sce": sce,
@@ -108,20 +108,6 @@ class DBRLoss(nn.Module):
             cross_entropy = cross_entropy - _label_entropy(batch)
         excess = cross_entropy - self.radius
         return excess.clamp_min(0).mean(), excess <= 0
-
-    def _distance_error(self, logits: Tensor, batch: DBRBatch) -> Tensor:
-        log_p = _log_softmax(logits, self.temperature)
-        error_org = self._error(_distance(log_p, batch.label_org), batch.distance_org)
-        error_aug = self._error(_distance(log_p, batch.label_aug), batch.distance_aug)
-        return (error_org + error_aug.masked_fill(_same_class(batch), 0.0)).mean()
-
-    def _error(self, student: Tensor, teacher: Tensor) -> Tensor:
-        teacher = teacher.to(student.dtype)
-        if self.distance == "l1":
-            return (student - teacher).abs()
-        if self.distance == "squared":
-            return (student - teacher).square()
-        return F.huber_loss(student, teacher, reduction="none")
 
 
 class OneHotLoss(nn.Module):
@@ -191,7 +177,7 @@ class CompletedDBRLoss(nn.Module):
         _check_sizes(logits, batch)
         divergence = self._divergence(logits, completed_labels(batch, logits.shape[1]))
         weight = self.alpha_dbr / self.soft_temperature**2
-        return divergence + weight * _mean_distance_error(_log_softmax(logits, self.temperature), batch)
+        return divergence + weight * _mean_stored_error(_log_softmax(logits, self.temperature), batch)
 
     def _divergence(self, logits: Tensor, labels: Tensor) -> Tensor:
         log_p = _log_softmax(logits, self.temperature * self.soft_temperature)
@@ -294,15 +280,28 @@ def _distance(log_p: Tensor, labels: Tensor) -> Tensor:
     return log_p.gather(1, labels[:, None]).squeeze(1).neg()
 
 
-def _mean_distance_error(log_p: Tensor, batch: DBRBatch) -> Tensor:
+def _own_error(log_p: Tensor, batch: DBRBatch, kind: Distance) -> Tensor:
+    """Error of the distances of each pair's two classes together, of one where they are the same: (B,)."""
+    error_org = _error(_distance(log_p, batch.label_org), batch.distance_org, kind)
+    error_aug = _error(_distance(log_p, batch.label_aug), batch.distance_aug, kind)
+    return error_org + error_aug.masked_fill(_same_class(batch), 0.0)
+
+
+def _error(student: Tensor, teacher: Tensor, kind: Distance) -> Tensor:
+    teacher = teacher.to(student.dtype)
+    if kind == "l1":
+        return (student - teacher).abs()
+    if kind == "squared":
+        return (student - teacher).square()
+    return F.huber_loss(student, teacher, reduction="none")
+
+
+def _mean_stored_error(log_p: Tensor, batch: DBRBatch) -> Tensor:
     """Mean over the pairs of a pair's mean |d(S) - d| over the classes whose distances it stores; log p is (B, C)."""
-    same = _same_class(batch)
-    error_org = (_distance(log_p, batch.label_org) - batch.distance_org).abs()
-    error_aug = (_distance(log_p, batch.label_aug) - batch.distance_aug).abs()
-    total, count = error_org + error_aug.masked_fill(same, 0.0), 2 - same.to(log_p.dtype)
+    total, count = _own_error(log_p, batch, "l1"), 2 - _same_class(batch).to(log_p.dtype)
     if batch.further is not None:
-        total = total + (log_p.gather(1, batch.further.classes) + batch.further.distances).abs().sum(1)
-        count = count + batch.further.classes.shape[1]
+        error = _error(-log_p.gather(1, batch.further.classes), batch.further.distances, "l1")
+        total, count = total + error.sum(1), count + error.shape[1]
     return (total / count).mean()
 
 

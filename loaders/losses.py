@@ -195,7 +195,11 @@ def completed_labels(batch: DBRBatch, classes: int) -> Tensor:
     So do further classes, where the dataset stores any, and these count in the sum.
     What is left goes to the other classes like lam * prior_org + (1 - lam) * prior_aug, no class less than
     `floor_of` says before normalisation; evenly where the dataset stores no priors.
+
+    Raises ConfigError where the batch names classes beyond these (not on a GPU, which it would have to wait for).
     """
+    listed = [each.classes for each in (batch.prior_org, batch.prior_aug, batch.further) if each is not None]
+    _check_classes(classes, batch.label_org, batch.label_aug, *listed)
     same = _same_class(batch)
     known = batch.distance_org.new_zeros(len(batch), classes)
     known = known.scatter(1, batch.label_org[:, None], batch.distance_org.neg().exp()[:, None])
@@ -347,16 +351,19 @@ def _soft_cross_entropy(log_p: Tensor, labels: Tensor) -> Tensor:
 
 
 def _check_sizes(logits: Tensor, batch: DBRBatch) -> None:
-    """On a GPU labels are not looked at, since that would wait for it."""
     if logits.ndim != 2 or len(logits) != len(batch):
         raise ConfigError(
             f"logits of shape {tuple(logits.shape)}, expected ({len(batch)}, classes) as the batch has "
             f"{len(batch)} pairs"
         )
-    if batch.label_org.device.type == "cpu" and not torch.compiler.is_compiling():
-        highest = int(torch.maximum(batch.label_org, batch.label_aug).max())
-        if highest >= logits.shape[1]:
-            raise ConfigError(f"logits of {logits.shape[1]} classes, but the batch has a pair of class {highest}")
+    _check_classes(logits.shape[1], batch.label_org, batch.label_aug)
+
+
+def _check_classes(classes: int, *named: Tensor) -> None:
+    """Refuses class numbers beyond so many classes; on a GPU they are not looked at, since that would wait for it."""
+    if named[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        highest = max(int(numbers.max()) for numbers in named)
+        _require(highest < classes, f"logits of {classes} classes, but the batch names class {highest}")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -660,8 +660,23 @@ def test_logits_of_another_shape_are_refused(loss: nn.Module, shape: tuple[int, 
 @pytest.mark.parametrize("loss", [DBRLoss(), OneHotLoss(), CompactLoss(), CompletedDBRLoss()])
 def test_a_student_of_too_few_classes_is_refused(loss: nn.Module) -> None:
     highest = int(max(BATCH.label_org.max(), BATCH.label_aug.max()))
-    with pytest.raises(ConfigError, match=f"logits of {highest} classes, but the batch has a pair of class {highest}"):
+    with pytest.raises(ConfigError, match=f"logits of {highest} classes, but the batch names class {highest}"):
         loss(torch.zeros(5, highest), BATCH)
+
+
+@pytest.mark.parametrize("part", ["prior_org", "prior_aug", "further"])
+def test_a_student_without_a_class_that_a_label_is_completed_by_is_refused(part: str) -> None:
+    """The pairs themselves are of the classes 0 to 2."""
+    known, unknown = listed([[(3, 1.0)], [(3, 1.0)]]), listed([[(3, 1.0)], [(4, 1.0)]])
+    batch = replace(
+        make_batch([(0, 1), (2, 1)], [0.5, 0.5]),
+        prior_org=unknown if part == "prior_org" else known,
+        prior_aug=unknown if part == "prior_aug" else known,
+        further=unknown if part == "further" else known,
+    )
+    for found in (lambda: CompletedDBRLoss()(torch.zeros(2, 4), batch), lambda: completed_labels(batch, 4)):
+        with pytest.raises(ConfigError, match="4 classes, but the batch names class 4"):
+            found()
 
 
 def test_soft_refuses_teacher_logits_of_another_shape() -> None:

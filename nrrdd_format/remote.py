@@ -37,23 +37,23 @@ class RefusedError(FormatError):
 
 def place_of(text: str) -> Path | str:
     """A place as a user names it: URLs stay text, since a Path would drop one of two slashes."""
-    return Path(text) if _SCHEME.match(text) is None else text
+    return Path(text) if _scheme(text) is None else text
 
 
 def is_url(path: str | os.PathLike[str], option: str = "path") -> bool:
     """Whether a place lies behind a URL that fsspec reads; False: in a local folder.
 
-    Raises ConfigError, naming `option`, for URLs of other schemes.
+    Raises ConfigError, naming `option`, for URLs of other schemes, and for what is none.
     """
-    match = _SCHEME.match(os.fspath(path))
-    if match is None or match[2] == "file":
+    scheme = _scheme(path)
+    if scheme in (None, "file"):
         return False
-    scheme = (match[1] or match[2] or "").lower()
     if scheme not in EXTRAS:
         known = ", ".join([*EXTRAS, "file"])
         raise ConfigError(
             f"{option}: URLs that begin with {scheme!r} are not read; expected a folder, or one of {known}"
         )
+    _split(path, option)
     return True
 
 
@@ -62,13 +62,32 @@ def local_path(path: str | os.PathLike[str], option: str = "path") -> Path:
 
     Raises ConfigError, naming `option`, where it is another machine's.
     """
-    text = os.fspath(path)
-    if not text.startswith("file://"):
-        return Path(text)
-    parts = urlsplit(text)
+    if _scheme(path) != "file":
+        return Path(path)
+    parts = _split(path, option)
     if parts.netloc not in ("", "localhost"):
-        raise ConfigError(f"{option}: {text} names the machine {parts.netloc!r}, expected file:///folder")
+        raise ConfigError(f"{option}: {path} names the machine {parts.netloc!r}, expected file:///folder")
     return Path(url2pathname(parts.path))
+
+
+def _scheme(path: str | os.PathLike[str]) -> str | None:
+    """Of a URL, in small letters; None: a plain path."""
+    match = _SCHEME.match(os.fspath(path))
+    return None if match is None else (match[1] or match[2]).lower()
+
+
+def _split(url: str | os.PathLike[str], option: str) -> SplitResult:
+    try:
+        return urlsplit(os.fspath(url))
+    except ValueError:
+        shown = _without_secrets(os.fspath(url))
+        # Not from it: its text may quote user and password.
+        raise ConfigError(f"{option}: {shown} is not a URL, expected scheme://host/folder") from None
+
+
+def _without_secrets(text: str) -> str:
+    """A text in which URLs stand, without their users, passwords and queries."""
+    return _QUERY.sub("?...", _USER.sub("//...@", text))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,4 +250,4 @@ class RemoteFolder:
         for secret in filter(None, (parts.query, parts.netloc.rpartition("@")[0])):
             text = text.replace(secret, "...")
         # Backends write a URL in forms of their own (other characters are percent-encoded), and name others.
-        return _QUERY.sub("?...", _USER.sub("//...@", text))
+        return _without_secrets(text)

@@ -8,6 +8,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import sys
 import time
@@ -295,6 +296,25 @@ def test_no_secret_of_any_url_is_shown(text: str, shown: str) -> None:
 def test_other_schemes_are_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="are not read; expected a folder, or one of http, https, s3, gs, hf, file"):
         DBRLoader(url, 5)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://me:passw0rd@[host/data?sig=s3cret", "https://...@[host/data?..."),
+        ("https://me:passw0rd@ho\u2100st/data", "https://...@ho\u2100st/data"),  # whose parser quotes the password
+        ("file://[host/data", "file://[host/data"),
+    ],
+)
+def test_what_is_no_url_is_refused_without_its_secrets(url: str, shown: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"path: {shown} is not a URL, expected scheme://host/")) as caught:
+        DBRLoader(url, 5)
+    text = "".join(traceback.format_exception(caught.value))
+    assert "s3cret" not in text and "passw0rd" not in text
+
+
+def test_a_scheme_may_be_in_capitals(dataset: Path) -> None:
+    assert keys(DBRLoader(dataset.as_uri().replace("file", "FILE"), 5)) == keys(DBRLoader(dataset, 5))
 
 
 def test_plain_paths_and_file_urls_are_folders(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
     Raises OutputError where `out` exists already or cannot be made.
     """
-    if out.exists() or out.is_symlink():
+    if os.path.lexists(out):  # which, unlike Path's own, takes any name
         raise OutputError(f"{out}: exists already; move it away or choose another folder")
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:

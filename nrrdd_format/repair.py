@@ -107,11 +107,11 @@ def repair_dataset(
 
 
 def _check_folders(folder: Path, other: Path | None) -> None:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # which, unlike Path's own, takes any name
         raise ConfigError(f"{folder}: no such folder, expected a dataset's")
     if other is None:
         return
-    if not other.is_dir():
+    if not os.path.isdir(other):
         raise ConfigError(f"--from: {other} is no folder, expected another copy of the dataset")
     if other.resolve() == folder.resolve():
         raise ConfigError(f"--from: {other} is the dataset itself, expected another copy of it")

@@ -92,6 +92,8 @@ def test_an_existing_folder_is_refused_and_nothing_written(folder: Path, tmp_pat
     shutil.rmtree(tmp_path / "a")
     with pytest.raises(OutputError, match="b: exists already"):
         split_dataset(folder, outs)
+    with pytest.raises(OutputError, match=r"cannot make the folder \(File name too long\)"):
+        split_dataset(folder, [tmp_path / "c", tmp_path / ("n" * 300)])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "data", "file"]
 
 

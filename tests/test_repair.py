@@ -236,7 +236,13 @@ def test_an_empty_folder_is_filled_from_a_copy(whole: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("path", "copy", "message"),
-    [("data", "data", "is the dataset itself"), ("data", "none", "is no folder"), ("none", "data", "no such folder")],
+    [
+        ("data", "data", "is the dataset itself"),
+        ("data", "none", "is no folder"),
+        ("none", "data", "no such folder"),
+        ("data", "n" * 300, "is no folder"),  # a name that the system refuses to look for
+        ("n" * 300, "data", "no such folder"),
+    ],
 )
 def test_folders_that_cannot_be(folder: Path, path: str, copy: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from nrrdd_format.replay import PairTensors, replay
+from nrrdd_format.replay import PairTensors, TensorGroup, replay
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassDistances:
+class ClassDistances(TensorGroup):
     """Some classes of each of B rows and their distances."""
 
     classes: Tensor
@@ -21,17 +19,9 @@ class ClassDistances:
     distances: Tensor
     """(B, k) float32 nats, -log p."""
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ClassDistances:
-        """The same on another device."""
-        return ClassDistances(**_each(self, lambda value: value.to(device, non_blocking=non_blocking)))
-
-    def pin_memory(self) -> ClassDistances:
-        """The same in page-locked memory."""
-        return ClassDistances(**_each(self, lambda value: value.pin_memory()))
-
 
 @dataclass(frozen=True, kw_only=True)
-class DBRBatch:
+class DBRBatch(TensorGroup):
     """B mixed images and what is known about each; all tensors lie on one device."""
 
     images: Tensor
@@ -56,17 +46,9 @@ class DBRBatch:
     def __len__(self) -> int:
         return len(self.lam)
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> DBRBatch:
-        """The same on another device."""
-        return DBRBatch(**_each(self, lambda value: value.to(device, non_blocking=non_blocking)))
-
-    def pin_memory(self) -> DBRBatch:
-        """The same in page-locked memory."""
-        return DBRBatch(**_each(self, lambda value: value.pin_memory()))
-
 
 @dataclass(frozen=True, kw_only=True)
-class PlannedBatch:
+class PlannedBatch(TensorGroup):
     """A batch before replay: uint8 images and the plan of its pairs; the rest is as in `DBRBatch`."""
 
     pairs: PairTensors
@@ -77,14 +59,6 @@ class PlannedBatch:
     prior_org: ClassDistances | None = None
     prior_aug: ClassDistances | None = None
     further: ClassDistances | None = None
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PlannedBatch:
-        """The same on another device."""
-        return PlannedBatch(**_each(self, lambda value: value.to(device, non_blocking=non_blocking)))
-
-    def pin_memory(self) -> PlannedBatch:
-        """The same in page-locked memory."""
-        return PlannedBatch(**_each(self, lambda value: value.pin_memory()))
 
     def replayed(self, *, mean: Sequence[float], std: Sequence[float]) -> DBRBatch:
         """The finished batch, made on the device where this one lies."""
@@ -99,9 +73,3 @@ class PlannedBatch:
             prior_aug=self.prior_aug,
             further=self.further,
         )
-
-
-def _each(parts: DBRBatch | PlannedBatch | ClassDistances, change: Callable[[Any], Any]) -> dict[str, Any]:
-    """Every field changed; what is None stays so."""
-    values = {f.name: getattr(parts, f.name) for f in fields(parts)}
-    return {name: None if value is None else change(value) for name, value in values.items()}

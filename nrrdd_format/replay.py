@@ -10,8 +10,9 @@ crop to its normalisation, several times faster than batched float operations. O
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -73,8 +74,28 @@ class BatchPlan:
         )
 
 
+Group = TypeVar("Group", bound="TensorGroup")
+
+
 @dataclass(frozen=True, kw_only=True)
-class PairTensors:
+class TensorGroup:
+    """Tensors, and groups of such, that lie on one device and move together; a field that is None stays so."""
+
+    def to(self: Group, device: torch.device | str, *, non_blocking: bool = False) -> Group:
+        """The same on another device."""
+        return self._each(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self: Group) -> Group:
+        """The same in page-locked memory."""
+        return self._each(lambda value: value.pin_memory())
+
+    def _each(self: Group, change: Callable[[Any], Any]) -> Group:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return type(self)(**{name: None if value is None else change(value) for name, value in values.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairTensors(TensorGroup):
     """All that replay needs for a batch; the fields are those of `BatchPlan`, as tensors on one device."""
 
     images: Tensor
@@ -86,15 +107,6 @@ class PairTensors:
     is_cutmix: Tensor
     mix_box: Tensor
     lam: Tensor
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PairTensors:
-        """The same on another device."""
-        moved = {field.name: getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)}
-        return PairTensors(**moved)
-
-    def pin_memory(self) -> PairTensors:
-        """The same in page-locked memory."""
-        return PairTensors(**{field.name: getattr(self, field.name).pin_memory() for field in fields(self)})
 
 
 def plan_batch(parts: Sequence[tuple[int, PairRecords]]) -> BatchPlan:

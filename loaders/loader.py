@@ -26,7 +26,7 @@ from loaders.order import EpochSteps, ShardPairs, epoch_steps, rank_slice
 from loaders.ranks import Agreement, distributed_ranks
 from loaders.reading import Assignment, BatchReader, Reading
 from nrrdd_format.dataset import DistilledDataset, open_dataset
-from nrrdd_format.errors import ConfigError, NrrddError, counted, shown
+from nrrdd_format.errors import ConfigError, NrrddError, counted, require, shown
 from nrrdd_format.files import default_cache_dir
 from nrrdd_format.manifest import TeacherInfo
 from nrrdd_format.remote import RemoteFolder, is_url, local_path
@@ -143,8 +143,8 @@ class DBRLoader:
         cache_bytes = _whole("cache_bytes", cache_bytes, 0)
         if cache_limit_bytes is not None:
             cache_limit_bytes = _whole("cache_limit_bytes", cache_limit_bytes, 1)
-        _require(on_bad_shard in ("raise", "skip"), f"on_bad_shard: found {on_bad_shard!r}, expected 'raise' or 'skip'")
-        _require(
+        require(on_bad_shard in ("raise", "skip"), f"on_bad_shard: found {on_bad_shard!r}, expected 'raise' or 'skip'")
+        require(
             isinstance(timeout, int | float) and timeout > 0,
             f"timeout: found {shown(timeout)}, expected more than 0 seconds",
         )
@@ -166,7 +166,7 @@ class DBRLoader:
             pairs_per_shard=tuple(entry.pairs_per_epoch for entry in self._manifest.shards),
             cycle=self._manifest.records.cycle,
         )
-        _require(
+        require(
             self._shards.total > 0, f"{where}: the dataset lists no shards, expected at least one; finish its build"
         )
         self._ranks = _given_ranks(rank, world_size)
@@ -187,7 +187,7 @@ class DBRLoader:
         self._iterations = 0  # begun so far: the last one alone may take batches from the workers
         self._warned = False
         self._torch_loader: DataLoader[Reading] | None = None  # the first iteration makes it: it takes shared memory
-        _require(
+        require(
             len(self) > 0,
             f"batch_size: {batch_size} pairs for each process, but the dataset has {self._pairs} pairs, so "
             f"drop_last leaves no batch; choose a smaller batch_size",
@@ -214,7 +214,7 @@ class DBRLoader:
         for (_, stop), batch in zip(steps, map(self._finished, readings), strict=True):
             position.given, position.all_given = stop, stop == steps.stop
             yield batch
-            _require(
+            require(
                 iteration == self._iterations,
                 "loader: this iteration was ended by a later one over the same loader; use a loader for each",
             )
@@ -302,7 +302,7 @@ class DBRLoader:
         _, world_size = self._ranks or distributed_ranks()
         steps = 1 + (1 + _PREFETCHED) * num_workers  # asked for, and the last one that each worker has done
         held = self._shards.most_shards_of((steps * batch_size + 1) * world_size)  # a tail may have joined
-        _require(
+        require(
             limit >= sum(sizes[:held]),
             f"cache_limit_bytes: found {limit}, expected at least {sum(sizes[:held])}: up to {held} shards of this "
             f"dataset are read at a time",
@@ -317,7 +317,7 @@ class DBRLoader:
             return
         self._shards = replace(self._shards, skipped=frozenset(reasons))
         first = reasons[min(reasons)]
-        _require(bool(self._shards.used), f"on_bad_shard: every shard is bad, the first: {first}")
+        require(bool(self._shards.used), f"on_bad_shard: every shard is bad, the first: {first}")
         warnings.warn(
             f"{len(reasons)} of {len(self._manifest.shards)} shards are bad and skipped "
             f"({', '.join(self._skipped_names())}); the first: {first}",
@@ -516,8 +516,3 @@ def _whole(name: str, value: object, least: int) -> int:
     if isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= least:
         return int(value)
     raise ConfigError(f"{name}: found {shown(value)}, expected a whole number, {least} or more")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)

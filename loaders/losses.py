@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loaders.batch import ClassDistances, DBRBatch
-from nrrdd_format.errors import ConfigError
+from nrrdd_format.errors import ConfigError, require
 
 LEAST, LEAST_IN_ALL = 1e-4, 1e-2
 """Floor of a class's share, and of all classes' together: many classes would fill the label otherwise."""
@@ -55,16 +55,16 @@ class DBRLoss(nn.Module):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        _require(alpha_sce >= 0, f"alpha_sce: found {alpha_sce}, expected 0 or more")
-        _require(alpha_dbr >= 0, f"alpha_dbr: found {alpha_dbr}, expected 0 or more")
-        _require(radius >= 0, f"radius: found {radius}, expected 0 or more")
-        _require(sce in get_args(Sce), f"sce: found {sce!r}, expected one of {', '.join(get_args(Sce))}")
-        _require(sce != "target" or radius < 1, f"radius: found {radius}, expected less than 1 with sce='target'")
-        _require(
+        require(alpha_sce >= 0, f"alpha_sce: found {alpha_sce}, expected 0 or more")
+        require(alpha_dbr >= 0, f"alpha_dbr: found {alpha_dbr}, expected 0 or more")
+        require(radius >= 0, f"radius: found {radius}, expected 0 or more")
+        require(sce in get_args(Sce), f"sce: found {sce!r}, expected one of {', '.join(get_args(Sce))}")
+        require(sce != "target" or radius < 1, f"radius: found {radius}, expected less than 1 with sce='target'")
+        require(
             distance in get_args(Distance),
             f"distance: found {distance!r}, expected one of {', '.join(get_args(Distance))}",
         )
-        _require(temperature > 0, f"temperature: found {temperature}, expected more than 0")
+        require(temperature > 0, f"temperature: found {temperature}, expected more than 0")
         self.alpha_sce = alpha_sce
         self.alpha_dbr = alpha_dbr
         self.radius = radius
@@ -131,7 +131,7 @@ class CompactLoss(nn.Module):
 
     def __init__(self, *, temperature: float = 1.0) -> None:
         super().__init__()
-        _require(temperature > 0, f"temperature: found {temperature}, expected more than 0")
+        require(temperature > 0, f"temperature: found {temperature}, expected more than 0")
         self.temperature = temperature
 
     def forward(self, logits: Tensor, batch: DBRBatch) -> Tensor:
@@ -165,9 +165,9 @@ class CompletedDBRLoss(nn.Module):
 
     def __init__(self, *, temperature: float = 1.0, soft_temperature: float = 1.0, alpha_dbr: float = 0.5) -> None:
         super().__init__()
-        _require(temperature > 0, f"temperature: found {temperature}, expected more than 0")
-        _require(soft_temperature > 0, f"soft_temperature: found {soft_temperature}, expected more than 0")
-        _require(alpha_dbr >= 0, f"alpha_dbr: found {alpha_dbr}, expected 0 or more")
+        require(temperature > 0, f"temperature: found {temperature}, expected more than 0")
+        require(soft_temperature > 0, f"soft_temperature: found {soft_temperature}, expected more than 0")
+        require(alpha_dbr >= 0, f"alpha_dbr: found {alpha_dbr}, expected 0 or more")
         self.temperature = temperature
         self.soft_temperature = soft_temperature
         self.alpha_dbr = alpha_dbr
@@ -254,15 +254,15 @@ class SoftLoss(nn.Module):
 
     def __init__(self, temperature: float = 20.0, *, top: int | None = None) -> None:
         super().__init__()
-        _require(temperature > 0, f"temperature: found {temperature}, expected more than 0")
-        _require(top is None or top >= 1, f"top: found {top}, expected 1 or more, or None")
+        require(temperature > 0, f"temperature: found {temperature}, expected more than 0")
+        require(top is None or top >= 1, f"top: found {top}, expected 1 or more, or None")
         self.temperature = temperature
         self.top = top
 
     def forward(self, logits: Tensor, batch: DBRBatch, teacher_logits: Tensor) -> Tensor:
         """The loss of logits (B, C) against the teacher's (B, C) for `batch.images`: a float32 scalar."""
         _check_sizes(logits, batch)
-        _require(
+        require(
             teacher_logits.shape == logits.shape,
             f"teacher logits: found shape {tuple(teacher_logits.shape)}, expected {tuple(logits.shape)}",
         )
@@ -363,9 +363,4 @@ def _check_classes(classes: int, *named: Tensor) -> None:
     """Refuses class numbers beyond so many classes; on a GPU they are not looked at, since that would wait for it."""
     if named[0].device.type == "cpu" and not torch.compiler.is_compiling():
         highest = max(int(numbers.max()) for numbers in named)
-        _require(highest < classes, f"logits of {classes} classes, but the batch names class {highest}")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+        require(highest < classes, f"logits of {classes} classes, but the batch names class {highest}")

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nrrdd_format import draws
-from nrrdd_format.errors import ConfigError, FormatError
+from nrrdd_format.errors import FormatError, require
 from nrrdd_format.limits import MAX_IMAGE_SIDE, MAX_LEVELS, MAX_MIXES, MAX_VIEWS
 
 MixKind = Literal["cutmix", "mixup", "both"]
@@ -70,10 +70,10 @@ def view_codebook(
     Drawn by the rule of torchvision's RandomResizedCrop: area share uniform in `scale`, logarithm of the
     aspect ratio uniform. `scale=(1, 1)` gives one box, the whole image. Raises ConfigError.
     """
-    _require(1 <= size <= MAX_IMAGE_SIDE, f"image size {size}: expected 1..{MAX_IMAGE_SIDE}")
-    _require(1 <= count <= MAX_VIEWS, f"view codebook of {count} entries: expected 1..{MAX_VIEWS}")
-    _require(0 < scale[0] <= scale[1] <= 1, f"view scale {scale}: expected 0 < low <= high <= 1")
-    _require(0 < ratio[0] <= 1 <= ratio[1], f"view ratio {ratio}: expected 0 < low <= 1 <= high")
+    require(1 <= size <= MAX_IMAGE_SIDE, f"image size {size}: expected 1..{MAX_IMAGE_SIDE}")
+    require(1 <= count <= MAX_VIEWS, f"view codebook of {count} entries: expected 1..{MAX_VIEWS}")
+    require(0 < scale[0] <= scale[1] <= 1, f"view scale {scale}: expected 0 < low <= high <= 1")
+    require(0 < ratio[0] <= 1 <= ratio[1], f"view ratio {ratio}: expected 0 < low <= 1 <= high")
     if scale[0] == 1:
         return np.array([[0, 0, size, size]], np.int16)
     rng = draws.generator(seed, "view-codebook")
@@ -106,10 +106,10 @@ def mix_codebook(
     CutMix entries are boxes clipped to the image, never empty, never the whole image; Mixup entries are lam
     in (0, 1), multiples of 1/256. `kind="both"` alternates the two. Raises ConfigError.
     """
-    _require(kind in ("cutmix", "mixup", "both"), f"mix kind {kind!r}: expected cutmix, mixup or both")
-    _require(2 <= size <= MAX_IMAGE_SIDE, f"image size {size}: expected 2..{MAX_IMAGE_SIDE}")
-    _require(1 <= count <= MAX_MIXES, f"mix codebook of {count} entries: expected 1..{MAX_MIXES}")
-    _require(cutmix_alpha > 0 and mixup_alpha > 0, "mix alpha: expected a positive number")
+    require(kind in ("cutmix", "mixup", "both"), f"mix kind {kind!r}: expected cutmix, mixup or both")
+    require(2 <= size <= MAX_IMAGE_SIDE, f"image size {size}: expected 2..{MAX_IMAGE_SIDE}")
+    require(1 <= count <= MAX_MIXES, f"mix codebook of {count} entries: expected 1..{MAX_MIXES}")
+    require(cutmix_alpha > 0 and mixup_alpha > 0, "mix alpha: expected a positive number")
     rng = draws.generator(seed, "mix-codebook")
     cutmix = [kind == "cutmix" or (kind == "both" and i % 2 == 0) for i in range(count)]
     return [_cutmix(rng, size, cutmix_alpha) if cut else _mixup(rng, mixup_alpha) for cut in cutmix]
@@ -134,8 +134,8 @@ def distance_levels(count: int = 16, high: float = 16.0, knee: float = 0.3) -> N
 
     Steps are nearly even below `knee`, where every one of them changes p = exp(-d), and grow with the distance above.
     """
-    _require(2 <= count <= MAX_LEVELS, f"{count} distance levels: expected 2..{MAX_LEVELS}")
-    _require(high > 0 and knee > 0, f"distance levels up to {high} with a knee at {knee}: expected positive numbers")
+    require(2 <= count <= MAX_LEVELS, f"{count} distance levels: expected 2..{MAX_LEVELS}")
+    require(high > 0 and knee > 0, f"distance levels up to {high} with a knee at {knee}: expected positive numbers")
     return (knee * np.expm1(np.linspace(0.0, np.log1p(high / knee), count))).astype(np.float32)
 
 
@@ -150,8 +150,3 @@ def quantize(distances: NDArray[np.floating], levels: NDArray[np.float32]) -> ND
         raise FormatError(f"distance {values[bad][0]}: expected a finite number >= 0 (teacher output is broken)")
     exact = levels.astype(np.float64)
     return np.searchsorted((exact[:-1] + exact[1:]) / 2, values).astype(np.uint8)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)

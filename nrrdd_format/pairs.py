@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from nrrdd_format import draws
 from nrrdd_format.codebooks import MixTable
-from nrrdd_format.errors import ConfigError
+from nrrdd_format.errors import ConfigError, require
 from nrrdd_format.limits import (
     MAX_DRAWN_IMAGES,
     MAX_EPOCHS,
@@ -52,14 +52,12 @@ class RecordLayout:
 
     def __post_init__(self) -> None:
         most = MAX_IMAGES if self.coding == "verbatim" else MAX_DRAWN_IMAGES
-        _require(
-            2 <= self.images <= most, f"{self.images} images in a shard: expected 2..{most} ({self.coding} coding)"
-        )
-        _require(2 <= self.size <= MAX_IMAGE_SIDE, f"image size {self.size}: expected 2..{MAX_IMAGE_SIDE}")
-        _require(2 <= self.cycle <= MAX_IMAGES, f"cycle {self.cycle}: expected 2..{MAX_IMAGES}")
-        _require(1 <= self.mix_group <= MAX_IMAGES, f"mix_group {self.mix_group}: expected 1..{MAX_IMAGES}")
-        _require(1 <= self.block_epochs <= MAX_EPOCHS, f"block_epochs {self.block_epochs}: expected 1..{MAX_EPOCHS}")
-        _require(1 <= len(self.levels) <= MAX_LEVELS, f"{len(self.levels)} levels: expected 1..{MAX_LEVELS}")
+        require(2 <= self.images <= most, f"{self.images} images in a shard: expected 2..{most} ({self.coding} coding)")
+        require(2 <= self.size <= MAX_IMAGE_SIDE, f"image size {self.size}: expected 2..{MAX_IMAGE_SIDE}")
+        require(2 <= self.cycle <= MAX_IMAGES, f"cycle {self.cycle}: expected 2..{MAX_IMAGES}")
+        require(1 <= self.mix_group <= MAX_IMAGES, f"mix_group {self.mix_group}: expected 1..{MAX_IMAGES}")
+        require(1 <= self.block_epochs <= MAX_EPOCHS, f"block_epochs {self.block_epochs}: expected 1..{MAX_EPOCHS}")
+        require(1 <= len(self.levels) <= MAX_LEVELS, f"{len(self.levels)} levels: expected 1..{MAX_LEVELS}")
         self._check_priors()
         self._check_further()
         if self.coding == "verbatim":
@@ -70,11 +68,11 @@ class RecordLayout:
     def _check_priors(self) -> None:
         if self.priors is None:
             return
-        _require(
+        require(
             1 <= self.priors < self.classes,
             f"priors of {self.priors} classes: expected 1..{self.classes - 1}, the others of {self.classes}",
         )
-        _require(
+        require(
             self.images * self.priors <= MAX_PRIORS,
             f"{self.images} images in a shard with priors of {self.priors} classes: expected at most {MAX_PRIORS} in "
             "all; store fewer classes or put fewer images in a shard",
@@ -82,21 +80,21 @@ class RecordLayout:
 
     def _check_further(self) -> None:
         most = min(MAX_FURTHER, self.classes - 2)
-        _require(
+        require(
             self.further is None or 1 <= self.further <= most,
             f"{self.further} further classes of a pair: expected 1..{most}, beside its own two of {self.classes}",
         )
 
     def _check_verbatim(self) -> None:
-        _require(2 <= self.pairs <= self.images, f"{self.pairs} pairs for {self.images} images: expected 2..n")
-        _require(self.views is None and self.mixes is None, "verbatim coding: expected no codebooks of views and mixes")
+        require(2 <= self.pairs <= self.images, f"{self.pairs} pairs for {self.images} images: expected 2..n")
+        require(self.views is None and self.mixes is None, "verbatim coding: expected no codebooks of views and mixes")
 
     def _check_drawn(self) -> None:
-        _require(self.coding in ("explicit", "derived"), f"coding {self.coding!r}: expected explicit or derived")
-        _require(self.pairs == self.images, f"{self.pairs} pairs for {self.images} images: expected as many pairs")
+        require(self.coding in ("explicit", "derived"), f"coding {self.coding!r}: expected explicit or derived")
+        require(self.pairs == self.images, f"{self.pairs} pairs for {self.images} images: expected as many pairs")
         views, mixes = self.views, self.mixes
-        _require(views is not None and 1 <= len(views) <= MAX_VIEWS, f"views: expected a codebook of 1..{MAX_VIEWS}")
-        _require(mixes is not None and 1 <= len(mixes) <= MAX_MIXES, f"mixes: expected a codebook of 1..{MAX_MIXES}")
+        require(views is not None and 1 <= len(views) <= MAX_VIEWS, f"views: expected a codebook of 1..{MAX_VIEWS}")
+        require(mixes is not None and 1 <= len(mixes) <= MAX_MIXES, f"mixes: expected a codebook of 1..{MAX_MIXES}")
 
     @property
     def groups(self) -> int:
@@ -221,8 +219,3 @@ def expand(drawn: PairDraws, layout: RecordLayout) -> PairRecords:
         distance_org=np.full(layout.pairs, np.nan, np.float32),
         distance_aug=np.full(layout.pairs, np.nan, np.float32),
     )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nrrdd_format import tar
-from nrrdd_format.errors import ConfigError, FormatError
+from nrrdd_format.errors import FormatError, require
 from nrrdd_format.files import atomic_write
 from nrrdd_format.frames import PREFIX, payload_length
 from nrrdd_format.further import check_labels
@@ -140,21 +140,21 @@ def _check_content(
     epochs: int,
     layout: RecordLayout,
 ) -> None:
-    _require(0 <= shard < MAX_SHARDS, f"shard number {shard}: expected 0..{MAX_SHARDS - 1}")
-    _require(extension in EXTENSIONS, f"image extension {extension!r}: expected one of {', '.join(EXTENSIONS)}")
-    _require(len(images) == layout.images, f"shard {shard}: {len(images)} images, expected {layout.images}")
-    _require(1 <= epochs <= MAX_EPOCHS, f"shard {shard}: {epochs} epochs, expected 1..{MAX_EPOCHS}")
+    require(0 <= shard < MAX_SHARDS, f"shard number {shard}: expected 0..{MAX_SHARDS - 1}")
+    require(extension in EXTENSIONS, f"image extension {extension!r}: expected one of {', '.join(EXTENSIONS)}")
+    require(len(images) == layout.images, f"shard {shard}: {len(images)} images, expected {layout.images}")
+    require(1 <= epochs <= MAX_EPOCHS, f"shard {shard}: {epochs} epochs, expected 1..{MAX_EPOCHS}")
     max_block_bytes(layout, epochs_in_block(layout, 0, epochs))  # raises where the blocks are over the limit
     count = block_count(layout, epochs)
-    _require(len(blocks) == count, f"shard {shard}: {len(blocks)} record blocks, expected {count}")
-    _require(len({i.index for i in images}) == len(images), f"shard {shard}: an image index appears twice")
+    require(len(blocks) == count, f"shard {shard}: {len(blocks)} record blocks, expected {count}")
+    require(len({i.index for i in images}) == len(images), f"shard {shard}: an image index appears twice")
     for image in images:
         size = len(image.data)
-        _require(0 <= image.index < MAX_INDEX, f"image {image.index}: expected a number of 0..{MAX_INDEX - 1}")
-        _require(
+        require(0 <= image.index < MAX_INDEX, f"image {image.index}: expected a number of 0..{MAX_INDEX - 1}")
+        require(
             0 <= image.label < MAX_CLASSES, f"image {image.index}: class {image.label}, expected 0..{MAX_CLASSES - 1}"
         )
-        _require(
+        require(
             1 <= size <= MAX_IMAGE_BYTES,
             f"image {image.index}: {size} bytes encoded, expected 1..{MAX_IMAGE_BYTES}",
         )
@@ -163,7 +163,7 @@ def _check_content(
 def _check_priors(shard: int, images: Sequence[EncodedImage], layout: RecordLayout, priors: Priors | None) -> None:
     found = None if priors is None else priors.classes.shape
     expected = None if layout.priors is None else (layout.images, layout.priors)
-    _require(found == expected, f"shard {shard}: priors of shape {found}, expected {expected}")
+    require(found == expected, f"shard {shard}: priors of shape {found}, expected {expected}")
     if priors is not None:
         priors.check_labels(np.array([image.label for image in images]))
 
@@ -371,8 +371,3 @@ class ShardReader:
         if crc != member.crc32:
             reason = f"crc32 {crc:08x}, expected {member.crc32:08x}: the bytes are damaged"
             raise FormatError(reason, path=self.path, member=member.name, offset=offset)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)

@@ -22,7 +22,9 @@ MixEntry = tuple[int, int, int, int] | float
 """CutMix: the box [top, left, height, width] in pixels; Mixup: lam, a multiple of 1/256."""
 
 LAM_STEPS = 256
-_CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
+_CROP_ATTEMPTS, _LEAST_RATIO, _MOST_RATIO = 10, 3 / 4, 4 / 3  # as torchvision's RandomResizedCrop
+_CUTMIX_ALPHA, _MIXUP_ALPHA = 1.0, 0.8
+_MOST_DISTANCE = 16.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,13 +60,7 @@ class Codebooks:
         return None if self.mixes is None else MixTable.from_entries(self.mixes, size)
 
 
-def view_codebook(
-    seed: int,
-    size: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    count: int = 512,
-) -> NDArray[np.int16]:
+def view_codebook(seed: int, size: int, scale: tuple[float, float], count: int = 512) -> NDArray[np.int16]:
     """`count` crop boxes (count, 4) [top, left, height, width] for images of `size` pixels a side.
 
     Drawn by the rule of torchvision's RandomResizedCrop: area share uniform in `scale`, logarithm of the
@@ -73,19 +69,16 @@ def view_codebook(
     require(1 <= size <= MAX_IMAGE_SIDE, f"image size {size}: expected 1..{MAX_IMAGE_SIDE}")
     require(1 <= count <= MAX_VIEWS, f"view codebook of {count} entries: expected 1..{MAX_VIEWS}")
     require(0 < scale[0] <= scale[1] <= 1, f"view scale {scale}: expected 0 < low <= high <= 1")
-    require(0 < ratio[0] <= 1 <= ratio[1], f"view ratio {ratio}: expected 0 < low <= 1 <= high")
     if scale[0] == 1:
         return np.array([[0, 0, size, size]], np.int16)
     rng = draws.generator(seed, "view-codebook")
-    return np.array([_crop(rng, size, scale, ratio) for _ in range(count)], np.int16)
+    return np.array([_crop(rng, size, scale) for _ in range(count)], np.int16)
 
 
-def _crop(
-    rng: np.random.Generator, size: int, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[int, int, int, int]:
+def _crop(rng: np.random.Generator, size: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:
     for _ in range(_CROP_ATTEMPTS):
         area = size * size * rng.uniform(*scale)
-        aspect = float(np.exp(rng.uniform(np.log(ratio[0]), np.log(ratio[1]))))
+        aspect = float(np.exp(rng.uniform(np.log(_LEAST_RATIO), np.log(_MOST_RATIO))))
         height, width = round((area / aspect) ** 0.5), round((area * aspect) ** 0.5)
         if 0 < height <= size and 0 < width <= size:
             top, left = rng.integers(size - height + 1), rng.integers(size - width + 1)
@@ -93,14 +86,7 @@ def _crop(
     return 0, 0, size, size
 
 
-def mix_codebook(
-    seed: int,
-    size: int,
-    kind: MixKind = "cutmix",
-    cutmix_alpha: float = 1.0,
-    mixup_alpha: float = 0.8,
-    count: int = 1024,
-) -> list[MixEntry]:
+def mix_codebook(seed: int, size: int, kind: MixKind = "cutmix", count: int = 1024) -> list[MixEntry]:
     """`count` mixes for images of `size` pixels a side.
 
     CutMix entries are boxes clipped to the image, never empty, never the whole image; Mixup entries are lam
@@ -109,15 +95,14 @@ def mix_codebook(
     require(kind in ("cutmix", "mixup", "both"), f"mix kind {kind!r}: expected cutmix, mixup or both")
     require(2 <= size <= MAX_IMAGE_SIDE, f"image size {size}: expected 2..{MAX_IMAGE_SIDE}")
     require(1 <= count <= MAX_MIXES, f"mix codebook of {count} entries: expected 1..{MAX_MIXES}")
-    require(cutmix_alpha > 0 and mixup_alpha > 0, "mix alpha: expected a positive number")
     rng = draws.generator(seed, "mix-codebook")
     cutmix = [kind == "cutmix" or (kind == "both" and i % 2 == 0) for i in range(count)]
-    return [_cutmix(rng, size, cutmix_alpha) if cut else _mixup(rng, mixup_alpha) for cut in cutmix]
+    return [_cutmix(rng, size) if cut else _mixup(rng) for cut in cutmix]
 
 
-def _cutmix(rng: np.random.Generator, size: int, alpha: float) -> MixEntry:
+def _cutmix(rng: np.random.Generator, size: int) -> MixEntry:
     while True:
-        side = int(size * (1.0 - rng.beta(alpha, alpha)) ** 0.5)
+        side = int(size * (1.0 - rng.beta(_CUTMIX_ALPHA, _CUTMIX_ALPHA)) ** 0.5)
         centre = rng.integers(size, size=2)
         low = np.clip(centre - side // 2, 0, size)
         height, width = (np.clip(centre - side // 2 + side, 0, size) - low).tolist()
@@ -125,18 +110,18 @@ def _cutmix(rng: np.random.Generator, size: int, alpha: float) -> MixEntry:
             return int(low[0]), int(low[1]), height, width
 
 
-def _mixup(rng: np.random.Generator, alpha: float) -> MixEntry:
-    return float(np.clip(round(rng.beta(alpha, alpha) * LAM_STEPS), 1, LAM_STEPS - 1)) / LAM_STEPS
+def _mixup(rng: np.random.Generator) -> MixEntry:
+    return float(np.clip(round(rng.beta(_MIXUP_ALPHA, _MIXUP_ALPHA) * LAM_STEPS), 1, LAM_STEPS - 1)) / LAM_STEPS
 
 
-def distance_levels(count: int = 16, high: float = 16.0, knee: float = 0.3) -> NDArray[np.float32]:
-    """`count` distances in nats, float32, from 0 to `high`, equally spaced in log(1 + d / knee).
+def distance_levels(count: int = 16, knee: float = 0.3) -> NDArray[np.float32]:
+    """`count` distances in nats, float32, from 0 to 16, equally spaced in log(1 + d / knee).
 
     Steps are nearly even below `knee`, where every one of them changes p = exp(-d), and grow with the distance above.
     """
     require(2 <= count <= MAX_LEVELS, f"{count} distance levels: expected 2..{MAX_LEVELS}")
-    require(high > 0 and knee > 0, f"distance levels up to {high} with a knee at {knee}: expected positive numbers")
-    return (knee * np.expm1(np.linspace(0.0, np.log1p(high / knee), count))).astype(np.float32)
+    require(knee > 0, f"distance levels with a knee at {knee}: expected a positive number")
+    return (knee * np.expm1(np.linspace(0.0, np.log1p(_MOST_DISTANCE / knee), count))).astype(np.float32)
 
 
 def quantize(distances: NDArray[np.floating], levels: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from loaders.cache import ShardCache
-from nrrdd_format.copies import verified_chunks
+from nrrdd_format.copies import check_shard
 from nrrdd_format.dataset import DistilledDataset
 from nrrdd_format.errors import FormatError
 from nrrdd_format.shards import ShardEntry
@@ -22,7 +20,7 @@ def find_bad_shards(dataset: DistilledDataset, cache: ShardCache | None) -> dict
             if cache is not None:
                 _hold_sound(cache, entry)
             else:
-                _compare(dataset.path / entry.name, entry)
+                check_shard(dataset.path / entry.name, entry)
         except FormatError as error:
             bad[shard] = str(error)
     if cache is not None:
@@ -35,8 +33,3 @@ def _hold_sound(cache: ShardCache, entry: ShardEntry) -> None:
     cache.hold([entry])
     cache.discard_damaged(entry)
     cache.hold([entry])
-
-
-def _compare(path: Path, entry: ShardEntry) -> None:
-    for _ in verified_chunks(path, entry):
-        pass

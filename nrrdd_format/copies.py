@@ -50,6 +50,12 @@ def verified_chunks(source: Path, entry: ShardEntry) -> Iterator[bytes]:
         raise FormatError(f"sha256 is {digest.hexdigest()}, expected {entry.sha256} (manifest)", path=source)
 
 
+def check_shard(file: Path, entry: ShardEntry) -> None:
+    """Reads a shard's file and raises FormatError unless it is the one that the entry describes."""
+    for _ in verified_chunks(file, entry):
+        pass
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """Makes a hidden folder beside `out` to be filled; on success it becomes `out`, on any error it is removed.

@@ -17,7 +17,7 @@ from typing import Any
 
 from nrrdd_format.copies import copy_shard, new_folder
 from nrrdd_format.dataset import open_shard
-from nrrdd_format.errors import ConfigError, FormatError
+from nrrdd_format.errors import ConfigError, FormatError, counted, shown
 from nrrdd_format.manifest import MANIFEST_NAME, Manifest, manifest_path
 from nrrdd_format.rewriting import load_to_rewrite
 from nrrdd_format.shards import ShardEntry
@@ -50,8 +50,8 @@ def split_dataset(path: str | os.PathLike[str], outs: Sequence[Path]) -> list[Ma
         raise ConfigError("--out: found one folder, expected two or more: one for each part")
     if count < 2:
         raise ConfigError(
-            f"{file.parent}: has {count} shard, and shards stay whole, so it cannot be split: build it with a smaller "
-            "--shard-images"
+            f"{file.parent}: has {counted(count, 'shard')}, and shards stay whole, so it cannot be split: build it "
+            "with a smaller --shard-images"
         )
     if len(outs) > count:
         raise ConfigError(f"--out: {len(outs)} folders for {count} shards, expected 2..{count}: shards stay whole")
@@ -157,5 +157,4 @@ def _short(value: object) -> str:
         return "not there"
     if isinstance(value, _ROWS) and len(value) > 4:
         return f"a list of {len(value)}"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shown(value)

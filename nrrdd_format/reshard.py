@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from nrrdd_format.codebooks import Codebooks
 from nrrdd_format.copies import new_folder
 from nrrdd_format.dataset import open_shard
-from nrrdd_format.errors import ConfigError
+from nrrdd_format.errors import ConfigError, counted
 from nrrdd_format.limits import MAX_DRAWN_IMAGES, MAX_IMAGES
 from nrrdd_format.manifest import CODEC_EXTENSIONS, MANIFEST_NAME, Manifest, manifest_path
 from nrrdd_format.pairs import PairRecords, cycle_bounds
@@ -58,7 +58,9 @@ def reshard_dataset(path: str | os.PathLike[str], images: int, out: Path) -> Res
         raise ConfigError(f"--images: found {images}, expected 2..{MAX_IMAGES}")
     sizes = [entry.images for entry in before.shards]
     if len(sizes) < 2:
-        raise ConfigError(f"{file.parent}: has {len(sizes)} shard, expected two or more to join; nothing to do")
+        raise ConfigError(
+            f"{file.parent}: has {counted(len(sizes), 'shard')}, expected two or more to join; nothing to do"
+        )
     groups = join_neighbours(sizes, images)
     if len(groups) == len(sizes):
         least = min(a + b for a, b in pairwise(sizes))

@@ -21,7 +21,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OutputError: the disk is full, the folder is missing or read-only, or `path` is a folder.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"  # a folder may have no name: "." and "/"
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -6,6 +6,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import re
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from tiny_dataset import tiny_images, tiny_manifest, write_tiny
 from nrrdd_format import shard_header, tar
 from nrrdd_format.dataset import DistilledDataset, open_dataset
 from nrrdd_format.errors import ConfigError, DataError, FormatError, NrrddError, OutputError
+from nrrdd_format.files import atomic_write
 from nrrdd_format.frames import pack_frame, payload_length, unpack_frame
 from nrrdd_format.limits import MAX_HEADER_BYTES
 from nrrdd_format.pairs import RecordLayout
@@ -514,6 +516,16 @@ def test_an_unwritable_place_is_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "shard-00000.tar").mkdir()
     with pytest.raises(OutputError):
         write(tmp_path / "shard-00000.tar")
+
+
+@pytest.mark.parametrize("place", [".", "/"])
+def test_a_folder_without_a_name_is_not_written_to_either(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match=rf"^{re.escape(place)}: cannot write \("), atomic_write(Path(place)):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["shard-0.tar", "shard-00000.tgz", "../shard-00000.tar", "shard-65536.tar", "x"])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgpack
 import zstandard
 
 from nrrdd_format.compression import decompress, stated_size
-from nrrdd_format.errors import ConfigError, FormatError
+from nrrdd_format.errors import ConfigError, FormatError, shown
 from nrrdd_format.limits import MAX_EPOCHS, MAX_HEADER_BYTES, MAX_IMAGES
 
 PREFIX = struct.Struct("<II")
@@ -54,6 +54,15 @@ def unpack_frame(data: bytes) -> dict[str, Any]:
     if size > MAX_HEADER_BYTES:
         raise FormatError(f"header states {size} bytes of content, expected at most {MAX_HEADER_BYTES}")
     return _unpack_map(decompress(payload, size, "header"))
+
+
+def list_in(content: Mapping[str, Any], key: str, low: int, high: int) -> list[Any]:
+    """The list of low..high entries that a frame's map has under this key. Raises FormatError if it has none."""
+    value = content.get(key)
+    if not isinstance(value, list) or not low <= len(value) <= high:
+        found = f"{len(value)} entries" if isinstance(value, list) else shown(value)
+        raise FormatError(f"{key}: {found}, expected a list of {low if low == high else f'{low}..{high}'} entries")
+    return value
 
 
 def _unpack_map(packed: bytes) -> dict[str, Any]:

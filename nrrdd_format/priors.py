@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from nrrdd_format.codebooks import quantize
 from nrrdd_format.errors import ConfigError, FormatError, shown
+from nrrdd_format.frames import list_in
 
 GAPS, LEVELS = "prior_gaps", "prior_levels"
 """Keys of the map in front of the record blocks."""
@@ -43,8 +44,8 @@ class Priors:
 
         Raises FormatError for lists of another length and for values out of their range.
         """
-        gaps = _numbers(content.get(GAPS), GAPS, images * count, classes).reshape(images, count)
-        stored = _numbers(content.get(LEVELS), LEVELS, images * count, levels).reshape(images, count)
+        gaps = _numbers(content, GAPS, images * count, classes).reshape(images, count)
+        stored = _numbers(content, LEVELS, images * count, levels).reshape(images, count)
         found = np.cumsum(gaps + 1, axis=1) - 1
         over = np.flatnonzero(found[:, -1] >= classes)
         if len(over):
@@ -95,11 +96,9 @@ def choose_priors(
     return Priors(classes=classes, levels=quantize(-np.log(np.maximum(chosen, _LEAST)), table))
 
 
-def _numbers(values: object, name: str, count: int, high: int) -> NDArray[np.int64]:
-    """A list of exactly `count` integers in [0, high)."""
-    if not isinstance(values, list) or len(values) != count:
-        found = f"{len(values)} entries" if isinstance(values, list) else shown(values)
-        raise FormatError(f"{name}: {found}, expected a list of {count} entries")
+def _numbers(content: Mapping[str, Any], name: str, count: int, high: int) -> NDArray[np.int64]:
+    """The list of exactly `count` integers in [0, high) under this name."""
+    values = list_in(content, name, count, count)
     wrong = next((i for i, value in enumerate(values) if type(value) is not int or not 0 <= value < high), None)
     if wrong is not None:
         raise FormatError(f"{name}[{wrong}] is {shown(values[wrong])}, expected 0..{high - 1}")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from nrrdd_format import tar
 from nrrdd_format.errors import FormatError, shown
-from nrrdd_format.frames import pack_frame, unpack_frame
+from nrrdd_format.frames import list_in, pack_frame, unpack_frame
 from nrrdd_format.limits import (
     MAX_EPOCHS,
     MAX_IMAGE_BYTES,
@@ -71,7 +71,7 @@ class ShardHeader:
         if content.get("format") != FORMAT:
             raise FormatError(f"format is {shown(content.get('format'))}, expected {FORMAT!r}")
         check_version(content.get("version"))
-        rows = _list(content, "members", 3, MAX_IMAGES + 1)
+        rows = list_in(content, "members", 3, MAX_IMAGES + 1)
         images = [_member(row, None, MAX_IMAGE_BYTES) for row in rows[:-1]]
         names = [parse_image_name(member.name) for member in images]
         indices = np.array([name.number for name in names], np.int64)
@@ -115,9 +115,9 @@ class RecordsHead:
         full, last = (max_block_bytes(layout, epochs_in_block(layout, b, epochs)) for b in (0, blocks - 1))
         bounded(content.get("epochs"), "epochs", epochs, epochs)
         bounded(content.get("pairs"), "pairs", pairs, pairs)
-        stated = zip(_list(content, "blocks", blocks, blocks), [full] * (blocks - 1) + [last], strict=True)
+        stated = zip(list_in(content, "blocks", blocks, blocks), [full] * (blocks - 1) + [last], strict=True)
         sizes = [bounded(size, "block size", 1, most) for size, most in stated]
-        crcs = [bounded(c, "block crc32", 0, 2**32 - 1) for c in _list(content, "crcs", blocks, blocks)]
+        crcs = [bounded(c, "block crc32", 0, 2**32 - 1) for c in list_in(content, "crcs", blocks, blocks)]
         return cls(
             epochs=epochs, pairs=pairs, blocks=tuple(sizes), crcs=tuple(crcs), priors=_read_priors(content, layout)
         )
@@ -157,14 +157,6 @@ def bounded(value: object, name: str, low: int, high: int) -> int:
     if type(value) is not int or not low <= value <= high:
         expected = str(low) if low == high else f"{low}..{high}"
         raise FormatError(f"{name} is {shown(value)}, expected {expected}")
-    return value
-
-
-def _list(content: dict[str, Any], key: str, low: int, high: int) -> list[Any]:
-    value = content.get(key)
-    if not isinstance(value, list) or not low <= len(value) <= high:
-        found = f"{len(value)} entries" if isinstance(value, list) else shown(value)
-        raise FormatError(f"{key}: {found}, expected a list of {low if low == high else f'{low}..{high}'} entries")
     return value
 
 

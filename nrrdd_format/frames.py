@@ -72,7 +72,7 @@ def _unpack_map(packed: bytes) -> dict[str, Any]:
             max_str_len=4096,
             max_bin_len=0,
             max_array_len=_MAX_LIST,
-            max_map_len=64,
+            max_map_len=_MAX_KEYS,
             max_ext_len=0,
             list_hook=_at_most(_MAX_ENTRIES, "list entries"),
             object_pairs_hook=_unique_at_most(_MAX_KEYS),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -183,7 +184,7 @@ def _check_is_dataset(path: Path) -> None:
     from nrrdd_format.manifest import manifest_path
 
     file = manifest_path(path)
-    if not file.parent.is_dir():
+    if not os.path.isdir(file.parent):  # which, unlike Path's own, takes any name
         raise ConfigError(f"{path}: no such folder, expected a dataset's")
     if not file.exists() and not any(file.parent.glob("shard-*.tar")):
         raise ConfigError(f"{path}: holds neither {file.name} nor a shard, expected a dataset's folder")

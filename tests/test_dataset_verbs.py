@@ -145,6 +145,7 @@ def test_verify_of_what_is_no_dataset_ends_with_2(
     (tmp_path / "empty").mkdir()
     for path, message in (
         (tmp_path / "none", "no such folder"),
+        (tmp_path / ("n" * 300), "no such folder"),
         (dataset / shard_name(0), "no such folder"),
         (tmp_path / "empty", "neither dataset.json nor a shard"),
     ):

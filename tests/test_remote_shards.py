@@ -290,6 +290,8 @@ def test_urls_that_name_no_shards(server: DatasetServer, tmp_path: Path) -> None
             load_source(name, data_dir=f"{server.url}/0.tar")
     with pytest.raises(ConfigError, match="--test-dir: URLs that begin with 'pipe' are not read"):
         load(server, tmp_path, test_dir="pipe:cat x.tar")
+    with pytest.raises(ConfigError, match=r"--test-dir: http://\[x/0\.tar is not a URL"):
+        load(server, tmp_path, test_dir="http://[x/0.tar")
 
 
 def test_a_file_url_is_a_folder(shards: Path, tmp_path: Path) -> None:

@@ -363,11 +363,17 @@ class BuildConfig:
 
 
 def check_places(config: BuildConfig) -> None:
-    """Checks that no folder of the options gets in another's way.
+    """Checks that the output has a name, and that no folder of the options gets in another's way.
 
     Raises:
-        ConfigError: the stages' results would lie in the dataset's folder, or among the images.
+        ConfigError: the output is named by its place alone, or the stages' results would lie in the dataset's folder,
+            or among the images.
     """
+    if config.out.name in ("", ".."):
+        raise ConfigError(
+            f"--out: found {config.out}, expected a folder with a name of its own, which the work folder and the "
+            f"unfinished dataset beside it are named after"
+        )
     work, out = config.work_path.resolve(), config.out.resolve()
     if out in (work, *work.parents):
         raise ConfigError(

@@ -659,6 +659,17 @@ def test_a_work_folder_that_would_be_in_the_way_is_refused_before_any_work(
     assert _content(source) == before and [path.name for path in tmp_path.iterdir()] == ["link"]
 
 
+@pytest.mark.parametrize("out", ["", ".", "/", "..", "other/.."])
+def test_an_output_without_a_name_of_its_own_is_refused(
+    source: Path, tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(_options(source, Path(out))) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --out: found {Path(out)}, expected a folder with a name of its own")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_work_folder_may_hold_the_output(source: Path, reference: Path, tmp_path: Path) -> None:
     assert _content(build(_config(source, tmp_path / "out", work_dir=tmp_path))) == _content(reference)
 

@@ -6,6 +6,7 @@ Shapes: k images shown, S the side in pixels; images are uint8 RGB (k, 3, S, S),
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -306,5 +307,6 @@ def _make_folder(path: Path) -> None:
 
 
 def _save(figure: Figure, path: Path, dataset_id: str) -> None:
-    with atomic_write(path) as file:
+    with warnings.catch_warnings(), atomic_write(path) as file:
+        warnings.filterwarnings("ignore", message="Glyph ")  # of a name whose letters the font lacks: drawn as boxes
         figure.savefig(file, format="png", dpi=150, metadata={OWNER: dataset_id})

@@ -208,6 +208,13 @@ def test_names_are_drawn_as_they_are(tmp_path: Path, name: str) -> None:
     assert min(_pixels(path)) > 0
 
 
+@pytest.mark.filterwarnings("error")
+def test_names_whose_letters_the_font_lacks_are_drawn_without_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "sheet.png"
+    write_contact_sheet(path, initial=None, mask=None, refined=_images(1, 9), class_names=["猫"], dataset_id="a")
+    assert min(_pixels(path)) > 0
+
+
 def test_a_damaged_dataset_is_refused(tmp_path: Path) -> None:
     path = make_tiny_dataset(tmp_path / "data")
     shard = path / "shard-00000.tar"

@@ -1,8 +1,9 @@
-"""The bounds of options: what lies outside is refused in one line that names the option."""
+"""The bounds of options, and of the environment's numbers: what lies outside is refused in one line that names it."""
 
 from __future__ import annotations
 
 import math
+import os
 
 from nrrdd_format.errors import ConfigError, shown
 from nrrdd_format.json_checks import is_text
@@ -29,6 +30,20 @@ def positive(option: str, value: float) -> None:
     """Raises ConfigError unless the value is finite and more than 0."""
     if not (value > 0 and math.isfinite(value)):
         raise ConfigError(f"{option}: found {value}, expected a positive number")
+
+
+def environment_number(name: str, low: int) -> int | None:
+    """The whole number that a variable of the environment holds; None: it is not set, or set to nothing.
+
+    Raises:
+        ConfigError: it holds anything else than a number from `low` on.
+    """
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < low:
+        raise ConfigError(f"{name}: found {shown(text)}, expected a whole number, {low} or more, or no such variable")
+    return int(text)
 
 
 def manifest_text(option: str, value: str | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from builders.bounds import environment_number
 from nrrdd_format.errors import ConfigError, RankError
 
 Unit = TypeVar("Unit")
@@ -97,15 +97,19 @@ class Ranks:
 
 
 def ranks_of_environment() -> Ranks:
-    """This process's place as `torchrun`, or who starts the processes, says; alone where nobody does."""
-    world_size, local = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("LOCAL_RANK")
-    if world_size == 1:
-        local = local or "0"
-    return Ranks(
-        rank=int(os.environ.get("RANK", "0")),
-        world_size=world_size,
-        local_rank=None if local is None else int(local),
-    )
+    """This process's place as `torchrun`, or who starts the processes, says; alone where nobody does.
+
+    Raises:
+        ConfigError: there is no such place; it would leave out the work of another.
+    """
+    world_size, rank = environment_number("WORLD_SIZE", 1) or 1, environment_number("RANK", 0) or 0
+    if rank >= world_size:
+        raise ConfigError(
+            f"RANK: found {rank} with WORLD_SIZE {world_size}, expected less; start the processes with torchrun, or "
+            f"unset both for one alone"
+        )
+    local = environment_number("LOCAL_RANK", 0)
+    return Ranks(rank=rank, world_size=world_size, local_rank=0 if local is None and world_size == 1 else local)
 
 
 @contextmanager

@@ -466,6 +466,26 @@ def test_the_number_on_a_machine_is_only_guessed_for_a_process_alone(
     assert ranks_of_environment().local_rank == expected
 
 
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: found 'two', expected a whole number, 1 or more"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: found '0', expected a whole number, 1 or more"),
+        ({"RANK": "-1"}, "RANK: found '-1', expected a whole number, 0 or more"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK: found 'x', expected a whole number, 0 or more"),
+        ({"RANK": "1"}, "RANK: found 1 with WORLD_SIZE 1, expected less"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK: found 2 with WORLD_SIZE 2, expected less"),
+    ],
+)
+def test_a_place_among_the_processes_that_cannot_be_is_refused(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, environment.get(name, ""))  # set to nothing is not set
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        ranks_of_environment()
+
+
 def test_imagenet_without_data_says_in_one_line_what_is_missing(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "builders", "--dataset", "imagenet", "--ipc", "200"],

@@ -3,6 +3,7 @@
 import pytest
 
 from builders.cores import reading_threads, usable_cores
+from nrrdd_format.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,13 @@ def test_threads_are_those_given_then_a_ranks_share_then_what_the_environment_sa
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert reading_threads(given) == expected
+
+
+@pytest.mark.parametrize("ranks", ["0", "two"])
+def test_a_number_of_ranks_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch, ranks: str) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    with pytest.raises(ConfigError, match=f"^LOCAL_WORLD_SIZE: found '{ranks}', expected a whole number, 1 or more"):
+        reading_threads(None)
 
 
 def test_cores_are_those_this_process_may_run_on() -> None:

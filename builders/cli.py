@@ -87,6 +87,15 @@ def _name(given: Path) -> str:
     return Path(str(given).removeprefix(options.HUB_PREFIX)).resolve().name
 
 
+def _written_folder(text: str) -> Path:
+    """The type of an option that names a folder to write to; a Path of a URL would name one that nobody meant."""
+    place = place_of(text)
+    if isinstance(place, str):
+        scheme = text.partition(":")[0]
+        raise argparse.ArgumentTypeError(f"found a URL ({scheme}:…), expected a folder of this machine")
+    return place
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser; every option is a field of `BuildConfig`, which holds the defaults."""
     parser = argparse.ArgumentParser(
@@ -118,7 +127,7 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         "hf (a dataset of Hugging Face) or webdataset (tar shards)",
     )
     group.add_argument("--ipc", type=int, metavar="N", help="images per class to distil")
-    group.add_argument("--out", type=Path, metavar="DIR", help="the dataset folder to write (NAME-ipcN)")
+    group.add_argument("--out", type=_written_folder, metavar="DIR", help="the dataset folder to write (NAME-ipcN)")
     group.add_argument(
         "--data-dir",
         type=place_of,
@@ -149,7 +158,7 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--cache-dir",
-        type=Path,
+        type=_written_folder,
         metavar="DIR",
         help="webdataset: keeps shards of URLs, and where their images lie ($XDG_CACHE_HOME/nrrdd)",
     )
@@ -266,4 +275,6 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         help="torch's CPU threads, and processes that read images (OMP_NUM_THREADS, or all cores; results depend on "
         "them a little)",
     )
-    group.add_argument("--work-dir", type=Path, metavar="DIR", help="results of the stages (default: OUT.work)")
+    group.add_argument(
+        "--work-dir", type=_written_folder, metavar="DIR", help="results of the stages (default: OUT.work)"
+    )

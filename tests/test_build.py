@@ -712,6 +712,14 @@ def test_a_name_that_was_taken_during_the_build_loses_nothing(
     assert _content(build(_config(source, out))) == _content(reference)
 
 
+@pytest.mark.parametrize("option", ["--out", "--work-dir", "--cache-dir"])
+def test_folders_to_write_to_are_not_urls(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--dataset", "digits", "--ipc", "1", option, "s3://bucket/set"])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith(f"argument {option}: found a URL (s3:…), expected a folder of this machine")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from builders.bounds import manifest_text
+from builders.bounds import MAX_SEED, between, manifest_text
 from builders.config import BLOCK_PAIRS, BuildConfig
 from builders.conventions import DATASETS, Colour
 from builders.fkd_epochs import EpochReader, FkdSource, open_source
@@ -17,8 +17,8 @@ from builders.image_folder import FolderFiles
 from nrrdd_format import tar
 from nrrdd_format.codebooks import Codebooks, distance_levels
 from nrrdd_format.copies import new_folder
-from nrrdd_format.errors import ConfigError
 from nrrdd_format.files import atomic_write
+from nrrdd_format.limits import MAX_EPOCHS
 from nrrdd_format.manifest import (
     CODEC_EXTENSIONS,
     MANIFEST_NAME,
@@ -59,14 +59,12 @@ class ImportConfig:
     min_agreement: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sampler_seed < 2**63:
-            raise ConfigError(f"--sampler-seed: found {self.sampler_seed}, expected 0..2^63 - 1")
-        if self.epochs is not None and self.epochs < 1:
-            raise ConfigError(f"--epochs: found {self.epochs}, expected 1 or more")
-        if not 1e-3 <= self.temperature <= 1e3:
-            raise ConfigError(f"--temperature: found {self.temperature}, expected 0.001 to 1000")
-        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
-            raise ConfigError(f"--min-agreement: found {self.min_agreement}, expected 0 to 1")
+        between("--sampler-seed", self.sampler_seed, 0, MAX_SEED)
+        if self.epochs is not None:
+            between("--epochs", self.epochs, 1, MAX_EPOCHS)
+        between("--temperature", self.temperature, 1e-3, 1e3)
+        if self.min_agreement is not None:
+            between("--min-agreement", self.min_agreement, 0, 1)
         manifest_text("--dataset-name", self.dataset_name)
         manifest_text("--source-license", self.source_license)
         manifest_text("--teacher", self.teacher)

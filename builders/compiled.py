@@ -15,7 +15,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from nrrdd_format.errors import ConfigError
+from nrrdd_format.errors import ConfigError, first_line
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,11 +52,7 @@ def compile_errors() -> Iterator[None]:
         if not isinstance(error, TorchDynamoException):
             raise
         raise ConfigError(
-            f"--compile: torch cannot compile the teacher's passes ({_first_line(error)}); it needs a C++ compiler "
+            f"--compile: torch cannot compile the teacher's passes ({first_line(error)}); it needs a C++ compiler "
             f"(g++ or clang++, or $CXX) on a CPU and Triton on a GPU, and a process killed while it compiled may have "
             f"left half a file in torch's cache ($TORCHINDUCTOR_CACHE_DIR); without the option nothing is compiled"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import RandomSampler
 
-from nrrdd_format.errors import FormatError, OutputError
+from nrrdd_format.errors import FormatError, OutputError, first_line
 
 SAMPLER_SEED = 42
 """The seed of SRe2L's own sampler."""
@@ -185,8 +185,7 @@ def _why_refused(path: Path, error: Exception) -> str:
         unsafe = []
     if unsafe:
         return f"asks for {', '.join(unsafe)[:200]}, which is no part of an FKD batch and is not run; refused"
-    first = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    return f"damaged, or no file that torch.load(weights_only=True) reads ({first}); fetch it again"
+    return f"damaged, or no file that torch.load(weights_only=True) reads ({first_line(error)[:200]}); fetch it again"
 
 
 class _NumberType:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nrrdd_format.errors import first_line
+
 Inputs = tuple[Tensor | None, ...]
 Outputs = tuple[Tensor, ...]
 Pass = Callable[..., Outputs]
@@ -85,9 +87,9 @@ class Graphed:
         torch.cuda.synchronize(self._device)
         outputs = function(*inputs)  # first, since an error that has other reasons shows here again
         self._refused.add(function)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         tqdm.write(
-            f"a pass of the teacher cannot be recorded as a CUDA graph and runs more slowly: {reason}", file=sys.stderr
+            f"a pass of the teacher cannot be recorded as a CUDA graph and runs more slowly: {first_line(error)}",
+            file=sys.stderr,
         )
         return outputs
 

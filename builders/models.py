@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from builders.foreign_weights import weights_only_loads
 from builders.timm_models import PREFIX, create_timm_model
-from nrrdd_format.errors import ConfigError, TeacherError
+from nrrdd_format.errors import ConfigError, TeacherError, first_line
 
 IMAGENET_CLASSES = 1000
 _CONV = re.compile(r"conv(?P<depth>[1-9])(?:-w(?P<width>[1-9]\d{0,3}))?")
@@ -161,7 +161,7 @@ def _fitting(architecture: str, model: nn.Module, image_size: int) -> nn.Module:
 
 def _misfit(architecture: str, image_size: int, error: Exception) -> ConfigError:
     return ConfigError(
-        f"{architecture}: cannot take images of {image_size} px ({_first_line(error)}); take another network or "
+        f"{architecture}: cannot take images of {image_size} px ({first_line(error)}); take another network or "
         "larger images (resnet18-small takes 8 px and more)"
     )
 
@@ -207,13 +207,9 @@ def _pretrained(architecture: str, num_classes: int) -> nn.Module:
         ) from error
     except (OSError, HTTPException, RuntimeError) as error:  # the last: the file is damaged
         raise TeacherError(
-            f"{architecture}: pretrained weights cannot be downloaded ({_first_line(error)}); {elsewhere}"
+            f"{architecture}: pretrained weights cannot be downloaded ({first_line(error)}); {elsewhere}"
         ) from error
     return model
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _unknown(architecture: str) -> str:

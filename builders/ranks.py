@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from builders.bounds import environment_number
-from nrrdd_format.errors import ConfigError, RankError
+from nrrdd_format.errors import ConfigError, RankError, first_line
 
 Unit = TypeVar("Unit")
 
@@ -138,10 +138,10 @@ def _join(ranks: Ranks) -> dist.ProcessGroup:
         dist.init_process_group("gloo", timeout=JOINING_TIMEOUT)
         group = dist.new_group(timeout=MEETING_TIMEOUT)
     except (RuntimeError, ValueError) as error:  # a ValueError: torchrun's variables are not all there
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RankError(
-            f"rank {ranks.rank} of {ranks.world_size}: the processes of this build did not find each other ({reason}); "
-            f"start all of them with torchrun, or with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE"
+            f"rank {ranks.rank} of {ranks.world_size}: the processes of this build did not find each other "
+            f"({first_line(error)}); start all of them with torchrun, or with the same MASTER_ADDR, MASTER_PORT and "
+            f"WORLD_SIZE"
         ) from error
     assert isinstance(group, dist.ProcessGroup)  # every rank belongs to it
     return group

@@ -30,6 +30,11 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, or its kind if it says nothing; without the account that follows."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class NrrddError(Exception):
     """Base of all errors this project raises on purpose."""
 

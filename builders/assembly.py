@@ -29,6 +29,7 @@ from builders.preview import (
 from builders.refinement import step_mask
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.errors import OutputError, shown
+from nrrdd_format.files import make_folder
 from nrrdd_format.manifest import (
     CODEC_EXTENSIONS,
     MANIFEST_NAME,
@@ -143,7 +144,7 @@ def assemble(job: Job, teacher_top1: float | None) -> None:
     """
     out = job.config.out
     partial = out.with_name(f"{out.name}.partial-{job.key}")
-    make_folder(partial)
+    make_output_folder(partial)
     for shard in job.ranks.share(range(len(job.shards))):
         if not (job.writing.has(ENTRY.format(shard)) and (partial / shard_name(shard)).is_file()):
             job.writing.save_json(ENTRY.format(shard), asdict(_write(job, shard, partial)))
@@ -317,11 +318,8 @@ def _masks(job: Job, initial: Images, labels: NDArray[np.int64]) -> Masks:
     return mask
 
 
-def make_folder(path: Path) -> None:
-    """Makes a folder of the output; raises OutputError if it cannot."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot make the folder ({error.strerror}); choose another --out") from error
+def make_output_folder(path: Path) -> None:
+    """Makes a folder of the output; raises OutputError if it cannot, or nothing can be written there."""
+    make_folder(path, "choose another --out")
     if not os.access(path, os.W_OK):
         raise OutputError(f"{path}: the folder is not writable; choose another --out")

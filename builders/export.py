@@ -27,9 +27,11 @@ from nrrdd_format.copies import new_folder
 from nrrdd_format.dataset import DistilledDataset
 from nrrdd_format.decoding import decode_image
 from nrrdd_format.errors import DataError, FormatError, OutputError, TeacherError
+from nrrdd_format.files import make_folder
 from nrrdd_format.limits import MAX_EPOCHS, MAX_VIEWS
 from nrrdd_format.replay import PairTensors, replay, stack_images
 
+ANOTHER_PLACE = "choose another --to"
 IMAGES, LABELS = "images", "relabel"
 """Folders of an exported FKD store: the images, and epoch_0, epoch_1, …"""
 
@@ -109,7 +111,7 @@ def _write_store(
     orders = sampler_orders(len(places), config.sampler_seed)
     with Progress(config.epochs * batches, "export", "batch") as progress:
         for epoch, order in enumerate(islice(orders, config.epochs)):
-            _make_folder(batch_path(store, epoch, 0).parent)
+            make_folder(batch_path(store, epoch, 0).parent, ANOTHER_PLACE)
             for number in range(batches):
                 shown = [places[image] for image in order[number * config.batch_size :][: config.batch_size]]
                 batch = _label(dataset, shown, teacher, config, (epoch, number), device)
@@ -144,7 +146,7 @@ def image_places(dataset: DistilledDataset) -> list[ImagePlace]:
 def _write_images(dataset: DistilledDataset, places: list[ImagePlace], folder: Path) -> None:
     info = dataset.manifest.dataset
     for name in dict.fromkeys(place.path.rpartition("/")[0] for place in places):
-        _make_folder(folder / name)
+        make_folder(folder / name, ANOTHER_PLACE)
     text = classes_text(Classes(names=info.class_names, wnids=info.wnids))
     _write(folder / CLASSES_FILE, text.encode(errors="replace"))
     with Progress(len(places), "images", "image") as progress:
@@ -204,16 +206,9 @@ def _decoded(dataset: DistilledDataset, place: ImagePlace) -> torch.Tensor:
         raise error.located(path=shard.path, member=shard.header.members[place.image].name) from error
 
 
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot make the folder ({error.strerror}); choose another --to") from error
-
-
 def _write(path: Path, data: bytes) -> None:
     try:
         with open(path, "xb") as file:
             file.write(data)
     except OSError as error:
-        raise OutputError(f"{path}: cannot write ({error.strerror}); make room or choose another --to") from error
+        raise OutputError(f"{path}: cannot write ({error.strerror}); make room or {ANOTHER_PLACE}") from error

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from builders.assembly import assemble, check_manifest, is_built, make_folder
+from builders.assembly import assemble, check_manifest, is_built, make_output_folder
 from builders.class_names import some
 from builders.config import BuildConfig, RefinementSettings
 from builders.cores import reading_threads
@@ -81,7 +81,7 @@ def build(config: BuildConfig) -> Path:
         if is_built(job):
             ranks.say(f"{config.out}: already built from these settings")
             return config.out
-        make_folder(config.out.parent)
+        make_output_folder(config.out.parent)
         with ExitStack() as held:
             if ranks.is_first:
                 held.enter_context(claimed(config.work_path, ranks.say))

@@ -21,7 +21,7 @@ from PIL import Image
 from nrrdd_format.dataset import DistilledDataset, open_dataset
 from nrrdd_format.decoding import decode_image
 from nrrdd_format.errors import ConfigError, OutputError
-from nrrdd_format.files import atomic_write
+from nrrdd_format.files import atomic_write, make_folder
 from nrrdd_format.manifest import Manifest
 
 Images = NDArray[np.uint8]
@@ -134,7 +134,7 @@ def preview_dataset(
         FormatError: the dataset is damaged.
         OutputError: a picture cannot be written.
     """
-    _make_folder(out)
+    make_folder(out, "choose a writable --out")
     with open_dataset(dataset_path) as dataset:
         shown = shown_images(dataset)
         names, dataset_id = dataset.manifest.dataset.class_names, dataset.manifest.dataset_id
@@ -297,13 +297,6 @@ def _montage(rows: list[Images], width: int) -> Images:
 
 def _short(name: str, limit: int = 14) -> str:
     return name if len(name) <= limit else name[: limit - 1] + "…"
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot make the folder ({error.strerror}); choose a writable --out") from error
 
 
 def _save(figure: Figure, path: Path, dataset_id: str) -> None:

@@ -24,11 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nrrdd_format.errors import OutputError
-from nrrdd_format.files import atomic_write
+from nrrdd_format.files import atomic_write, make_folder
 
 KEY_DIGITS = 16
 LOCK = "lock"
 """The file whose lock a build holds; it is empty and stays."""
+WRITABLE = "choose a writable --work-dir"
 
 
 def stage_key(name: str, settings: Mapping[str, Any], upstream: str) -> str:
@@ -68,12 +69,12 @@ def claimed(work: Path, say: Callable[[str], object]) -> Iterator[None]:
     Raises:
         OutputError: another process builds there, or the folder or the file cannot be made.
     """
-    _make_folder(work, "the work folder")
+    make_folder(work, WRITABLE)
     path = work / LOCK
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise OutputError(f"{path}: cannot open ({error.strerror}); choose a writable --work-dir") from error
+        raise OutputError(f"{path}: cannot open ({error.strerror}); {WRITABLE}") from error
     try:
         _claim(descriptor, work, say)
         yield
@@ -91,13 +92,6 @@ def _claim(descriptor: int, work: Path, say: Callable[[str], object]) -> None:
                 f"on, or choose another --work-dir (if its machine has vanished, remove {work / LOCK})"
             ) from error
         say(f"{work}: has no locks ({error.strerror}), so see to it that no other process builds there meanwhile")
-
-
-def _make_folder(path: Path, what: str) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot make {what} ({error.strerror}); choose a writable --work-dir") from error
 
 
 class Stage:
@@ -118,7 +112,7 @@ class Stage:
         Raises:
             OutputError: it cannot be made.
         """
-        _make_folder(self.path, "the stage's folder")
+        make_folder(self.path, WRITABLE)
 
     def has(self, unit: str) -> bool:
         """Whether the unit is finished; a file under its final name is always whole."""

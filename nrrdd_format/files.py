@@ -38,6 +38,18 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink()
 
 
+def make_folder(path: Path, remedy: str) -> None:
+    """Makes a folder and those above it, where they are missing; `remedy` says in the error's message what to do.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot make the folder ({error.strerror}); {remedy}") from error
+
+
 def default_cache_dir() -> Path:
     """The folder for what can be fetched or made again: `nrrdd` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nrrdd"

@@ -6,6 +6,7 @@ second than two.
 
 from __future__ import annotations
 
+import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from builders.cores import reading_threads, usable_cores
 from builders.parent import end_with_parent
+from builders.workdir import uninterrupted
 from nrrdd_format.errors import DataError
 
 Item = TypeVar("Item")
@@ -84,7 +86,9 @@ def in_processes(
         worker_init_fn=_begin_reading,
     )
     with named_deaths():
-        for results in loader:
+        with uninterrupted():  # Python drops what a signal raises in its callbacks around a fork
+            starting = iter(loader)
+        for results in starting:
             for result in results:
                 if isinstance(result, _Raised):
                     raise result.error
@@ -139,7 +143,11 @@ class _Chunks(Dataset[list[Any]], Generic[Result]):
 
 
 def _begin_reading(number: int) -> None:
-    """torch's own watch waits for ever where nobody takes large results any more."""
+    """torch's own watch waits for ever where nobody takes large results any more.
+
+    A terminal's Ctrl-C comes to this process too; the one that started it ends it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 
 

@@ -164,3 +164,20 @@ def _lives(process: int) -> bool:
         return False
     status = Path(f"/proc/{process}/stat")
     return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_an_interrupt_while_processes_start_is_not_lost() -> None:
+    """Python drops what is raised in its callbacks around a fork, where a signal that came meanwhile is handled."""
+    code = """
+import multiprocessing, os, signal
+from builders.prefetch import in_processes
+multiprocessing.set_start_method("fork")
+os.register_at_fork(after_in_parent=lambda: signal.raise_signal(signal.SIGINT))
+if __name__ == "__main__":
+    try:
+        print(len(list(in_processes(abs, range(100), 2))))
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
+    assert (result.stdout.strip(), result.stderr) == ("interrupted", "")

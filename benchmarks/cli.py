@@ -194,7 +194,7 @@ def _require_writable(path: Path) -> None:
     Raises:
         OutputError: the folder cannot be made or written to, or `path` is a folder.
     """
-    from benchmarks.results_io import make_folder
+    from nrrdd_format.files import make_folder
 
     make_folder(path.parent)
     if os.path.isdir(path):  # False, too, of names that no file can have

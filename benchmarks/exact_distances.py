@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.command import add_device, local_folder, pick_device, run, whole
-from benchmarks.results_io import make_folder, provenance, write_json
+from benchmarks.results_io import provenance, write_json
 from benchmarks.student import load_dataset_teacher
 from builders.progress import Progress
 from builders.relabel import relabel_epoch
@@ -25,7 +25,7 @@ from nrrdd_format.codebooks import quantize
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.decoding import decode_image
 from nrrdd_format.errors import ConfigError
-from nrrdd_format.files import atomic_write
+from nrrdd_format.files import atomic_write, make_folder
 from nrrdd_format.replay import stack_images
 
 MODULE = "benchmarks.exact_distances"

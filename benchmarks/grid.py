@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.completion import complete
 from benchmarks.footprint import Footprint, measure, soft_label_bytes
-from benchmarks.results_io import circumstances, make_folder, refuse_other, write_json
+from benchmarks.results_io import circumstances, refuse_other, write_json
 from benchmarks.student import Labels, StudentConfig, load_dataset_teacher, train_student
 from benchmarks.teacher import TeacherConfig, summary, train_and_save
 from builders.config import PATCH_OPTIONS, BuildConfig, Confidence, Init, Mask
@@ -35,7 +35,7 @@ from builders.pipeline import build
 from builders.sources import Source, load_source
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.errors import ConfigError
-from nrrdd_format.files import locked
+from nrrdd_format.files import locked, make_folder
 from nrrdd_format.manifest import MANIFEST_NAME, Manifest
 from nrrdd_format.shards import file_sha256
 

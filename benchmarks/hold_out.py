@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.command import run, whole
-from benchmarks.results_io import make_folder
 from builders.folders import class_folders, image_names
 from nrrdd_format import draws
 from nrrdd_format.errors import DataError, OutputError
+from nrrdd_format.files import make_folder
 
 MODULE = "benchmarks.hold_out"
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builders.cores import usable_cores
-from nrrdd_format.errors import ConfigError, OutputError
-from nrrdd_format.files import atomic_write
+from nrrdd_format.errors import ConfigError
+from nrrdd_format.files import atomic_write, make_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -158,18 +158,6 @@ def write_text(path: Path, text: str) -> None:
     make_folder(path.parent)
     with atomic_write(path) as file:
         file.write(text.encode())
-
-
-def make_folder(path: Path) -> None:
-    """Makes a folder and those above it.
-
-    Raises:
-        OutputError: it cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot make the folder ({error.strerror}); choose a writable place") from error
 
 
 def _provenance_text(facts: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results_io import hardware, make_folder, write_json
+from benchmarks.results_io import hardware, write_json
 from builders.class_names import some
 from builders.progress import Progress
 from builders.reading import Skipped, named
@@ -16,6 +16,7 @@ from builders.sources import Source
 from builders.teacher import load_teacher, save_checkpoint
 from builders.train_teacher import TrainedTeacher, check_options, run_test, train_teacher
 from nrrdd_format.errors import OutputError, counted, shown
+from nrrdd_format.files import make_folder
 
 WITHOUT_EFFECT = ("workers", "device")
 """Settings that do not decide which teacher comes out."""

@@ -20,11 +20,12 @@ from torch import nn
 from benchmarks.build_watch import StageCost, watch_build
 from benchmarks.command import add_device, pick_device, run, whole
 from benchmarks.loader_data import picture
-from benchmarks.results_io import make_folder, markdown_table, provenance, write_report
+from benchmarks.results_io import markdown_table, provenance, write_report
 from builders.cores import usable_cores
 from builders.models import create_model
 from builders.teacher import save_checkpoint
 from nrrdd_format.errors import NrrddError
+from nrrdd_format.files import make_folder
 from nrrdd_format.replay import normalize
 from nrrdd_format.verify import verify_dataset
 

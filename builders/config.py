@@ -402,6 +402,11 @@ def check_effects(config: BuildConfig) -> None:
                 raise ConfigError(
                     f"--{name.replace('_', '-')}: found with {reason}, where it has no effect; leave one of them out"
                 )
+    if 0 < config.iterations <= config.cam_every:
+        raise ConfigError(
+            f"--cam-every: found {config.cam_every} with --iterations {config.iterations}, where it has no effect; "
+            "take fewer steps between two activation maps, or leave it out"
+        )
 
 
 def idle_options(*, iterations: int, mask: Mask, alpha_lr: float) -> dict[str, tuple[str, ...]]:

@@ -38,7 +38,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink()
 
 
-def make_folder(path: Path, remedy: str) -> None:
+def make_folder(path: Path, remedy: str = "choose a writable place") -> None:
     """Makes a folder and those above it, where they are missing; `remedy` says in the error's message what to do.
 
     Raises:

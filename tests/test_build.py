@@ -739,6 +739,7 @@ def test_more_other_classes_than_there_are_are_refused(
     [
         ("--mask all --epsilon 0.3", "--epsilon: found with --mask all"),
         ("--mask all --cam-every 5", "--cam-every: found with --mask all"),
+        ("--iterations 2000 --cam-every 2000", "--cam-every: found 2000 with --iterations 2000"),
         ("--alpha-lr 0 --label-refinement pair", "--label-refinement: found with --alpha-lr 0"),
         ("--alpha-lr 0 --no-label-refinement-views", "--label-refinement-views: found with --alpha-lr 0"),
         ("--iterations 0 --learning-rate 0.1", "--learning-rate: found with --iterations 0"),

@@ -86,13 +86,16 @@ def in_processes(
         worker_init_fn=_begin_reading,
     )
     with named_deaths():
-        with uninterrupted():  # Python drops what a signal raises in its callbacks around a fork
-            starting = iter(loader)
-        for results in starting:
+        for results in _started(loader):  # by no name, which an error's traceback would keep, and the processes with it
             for result in results:
                 if isinstance(result, _Raised):
                     raise result.error
                 yield result
+
+
+def _started(loader: DataLoader[list[Any]]) -> Iterator[list[Any]]:
+    with uninterrupted():  # Python drops what a signal raises in its callbacks around a fork
+        return iter(loader)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -76,6 +77,15 @@ def test_an_error_of_a_process_comes_where_its_result_would_have_come(processes:
     with pytest.raises(UnusableImage, match=r"^ant/20\.png: is empty") as caught:
         next(results)
     assert caught.value.path == "ant/20.png"
+
+
+def test_an_error_that_is_kept_keeps_no_process() -> None:
+    """A notebook keeps the last error's traceback, and that every local variable on its way."""
+    before = set(multiprocessing.active_children())
+    with pytest.raises(UnusableImage) as caught:
+        list(in_processes(_fails_at_20, range(2000), 2))
+    assert caught.value.__traceback__ is not None
+    assert set(multiprocessing.active_children()) <= before
 
 
 def _dies_at_40(item: int) -> int:

@@ -36,6 +36,8 @@ test-oldest: .venv-oldest
 	@.venv-oldest/bin/python $(PYTEST)
 
 gpu: gpu-tests gpu-speed gpu-cifar10 gpu-tiny
+# Also with -j: they share the GPU, and gpu-speed measures it.
+.NOTPARALLEL: gpu
 
 GPU := gpu-output
 CIFAR10 ?= data/cifar10

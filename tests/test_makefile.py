@@ -16,16 +16,17 @@ import benchmarks.cli
 import builders.cli
 
 COMMAND = re.compile(r"\.venv/bin/(python -m \S+|\S+) (.*?)(?: \|\| exit.*| &&|;|$)", re.MULTILINE)
+NO_MAKE = {"MAKEFLAGS": "", "MAKELEVEL": "", "MFLAGS": ""}
+"""These tests may themselves run under make."""
 
 
 @pytest.fixture(scope="module")
 def commands(repository: Path) -> list[tuple[str, list[str]]]:
     """What `make gpu` would run, as programs and their arguments."""
-    makes = {"MAKEFLAGS": "", "MAKELEVEL": "", "MFLAGS": ""}  # this may itself run under make
     planned = subprocess.run(
         ["make", "--dry-run", "--always-make", "gpu"],
         cwd=repository,
-        env=os.environ | makes,
+        env=os.environ | NO_MAKE,
         capture_output=True,
         text=True,
         check=True,
@@ -51,3 +52,15 @@ def test_programs_take_the_options_that_make_gives_them(commands: list[tuple[str
             _parser(program).parse_args(arguments)
     assert {"nrrdd", "build-distilled", "python -m pytest", "python -m benchmarks.accuracy"} <= set(programs)
     assert {"python -m benchmarks.builder_throughput", "python -m benchmarks.loader_wait"} <= set(programs)
+
+
+def test_one_command_at_a_time_has_the_gpu(repository: Path, tmp_path: Path) -> None:
+    """Of many jobs (-j, or MAKEFLAGS of the user's) `gpu-speed` would time the others."""
+    log = tmp_path / "log"
+    for name in ("python", "nrrdd", "build-distilled"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho begin >> {log}; sleep 0.05; echo end >> {log}\n")
+        (tmp_path / name).chmod(0o755)
+    command = ["make", "--silent", "--jobs=4", "--old-file=.venv", f"BIN={tmp_path}", "gpu"]
+    subprocess.run(command, cwd=repository, env=os.environ | NO_MAKE, check=True)
+    lines = log.read_text().split()
+    assert len(lines) > 10 and lines == ["begin", "end"] * (len(lines) // 2)

@@ -6,11 +6,12 @@ second than two.
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -94,7 +95,10 @@ def in_processes(
 
 
 def _started(loader: DataLoader[list[Any]]) -> Iterator[list[Any]]:
-    with uninterrupted():  # Python drops what a signal raises in its callbacks around a fork
+    # Python drops what a signal raises in its callbacks around a fork. Processes that are started in another way may be
+    # ended by a terminal's Ctrl-C before they can ignore it, so there it must not wait until they have started.
+    forks = multiprocessing.get_start_method() == "fork"
+    with uninterrupted() if forks else nullcontext():
         return iter(loader)
 
 

@@ -191,3 +191,33 @@ if __name__ == "__main__":
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
     assert (result.stdout.strip(), result.stderr) == ("interrupted", "")
+
+
+class _Interrupts:
+    """A function during whose pickling Ctrl-C comes."""
+
+    def __call__(self, item: int) -> int:
+        return item
+
+    def __reduce__(self) -> tuple[type[_Interrupts], tuple[()]]:
+        print("pickled", flush=True)
+        signal.raise_signal(signal.SIGINT)
+        return type(self), ()
+
+
+def test_an_interrupt_waits_for_no_process_that_it_may_have_ended() -> None:
+    """A terminal's Ctrl-C ends one that is starting and not forked; sending it its work then fails, or never ends."""
+    code = f"""
+import multiprocessing, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from builders.prefetch import in_processes
+from test_prefetch import _Interrupts
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    try:
+        list(in_processes(_Interrupts(), range(100), 2))
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
+    assert result.stdout.split() == ["pickled", "interrupted"]

@@ -104,7 +104,7 @@ def _at_most(limit: int, what: str) -> Callable[[Any], Any]:
 
     def check(value: Any) -> Any:
         nonlocal count
-        count += max(1, len(value))
+        count += len(value) or 1
         if count > limit:
             raise ValueError(f"more than {limit} {what}")
         return value

@@ -824,7 +824,7 @@ def test_a_loader_fetches_what_others_have_removed(
     dataset: Path, server: DatasetServer, loader_of: Callable[..., DBRLoader], tmp_path: Path
 ) -> None:
     """While it holds the shard, but has not opened it yet."""
-    loader = loader_of()
+    loader = loader_of(timeout=60)  # a busy machine asks again after less
     batches = iter(loader)
     next(batches)
     for file in tmp_path.glob("cache/*/*.tar"):

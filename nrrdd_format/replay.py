@@ -234,7 +234,9 @@ def mix(views: Tensor, org: Tensor, aug: Tensor, is_cutmix: Tensor, mix_box: Ten
     pasted = rows[:, :, None] & columns[:, None, :]
     share = torch.where(is_cutmix[:, None, None], (~pasted).float(), lam[:, None, None].float())[:, None]
     values = views if views.is_floating_point() else views.float()
-    return torch.lerp(values[aug], values[org], share.to(values.dtype))
+    # Not values[aug]: its gradient is summed by several threads in any order, where an image stands in several pairs.
+    org_values, aug_values = (values.index_select(0, image) for image in (org, aug))
+    return torch.lerp(aug_values, org_values, share.to(values.dtype))
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -126,7 +126,6 @@ def write_report(
         OutputError: a file cannot be written.
     """
     stem = f"{facts['date']}-{name}"
-    make_folder(folder)
     write_json(folder / f"{stem}.json", {**facts, **data})
     links = []
     for picture in pictures:
@@ -135,7 +134,7 @@ def write_report(
             picture.figure.savefig(file, format="png", dpi=150)
         links.append(f"![{picture.caption}]({file_name})")
     parts = [f"# {title}", _provenance_text(facts), text.rstrip("\n"), *links]
-    write_text(folder / f"{stem}.md", "\n\n".join(parts) + "\n")
+    _write_text(folder / f"{stem}.md", "\n\n".join(parts) + "\n")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -149,7 +148,7 @@ def write_json(path: Path, value: Any) -> None:
         file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
-def write_text(path: Path, text: str) -> None:
+def _write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text, whole or not at all, making the folder when missing.
 
     Raises:

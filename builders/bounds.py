@@ -41,6 +41,7 @@ def environment_number(name: str, low: int) -> int | None:
     text = os.environ.get(name, "").strip()
     if not text:
         return None
+    # Nine digits are enough for any place; int() itself refuses thousands with an error of its own.
     if not text.isdecimal() or len(text) > 9 or int(text) < low:
         raise ConfigError(f"{name}: found {shown(text)}, expected a whole number, {low} or more, or no such variable")
     return int(text)

@@ -34,6 +34,7 @@ from benchmarks.grid import (
 from benchmarks.results_io import circumstances, circumstances_text, write_json
 from benchmarks.teacher import TeacherConfig
 from builders.sources import load_source
+from loaders import CompletedDBRLoss
 from nrrdd_format.errors import ConfigError
 
 ORIGIN = Origin(train="aaaa", test="bbbb")
@@ -95,6 +96,7 @@ def test_the_weight_of_the_distances_error_is_of_completed_labels_only(grid: Gri
     assert cell_path(alone, completed) != cell_path(grid, completed)
     for cell in (dbr, soft):
         assert cell_path(alone, cell) == cell_path(grid, cell)
+    assert accuracy.make_parser().parse_args(["--out", "x"]).alpha_dbr == grid.alpha_dbr == CompletedDBRLoss().alpha_dbr
     assert loss_text(alone) == " α_dbr 0 beside the KL of dbr-further3."
     assert loss_text(grid) == ""
 

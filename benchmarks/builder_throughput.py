@@ -59,6 +59,8 @@ IMAGENET_CLASSES = 1000
 IPCS = (10, 50, 200)
 MEGABYTE = 1e6
 SOURCE_CLASSES = 10
+DISCOVERY = DiscoverySettings(ipc=1, beta=4, init="cidd", confidence="highest", crop_score="sum")
+"""A build's default ones, for one distilled image."""
 Precision = Literal["fp32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
@@ -225,7 +227,7 @@ def make_bench(options: argparse.Namespace, folder: Path) -> tuple[Bench, str]:
     """The teacher and the images, generated; and the teacher's architecture."""
     eyes, architecture = make_eyes(options)
     names = [f"class-{label}" for label in range(SOURCE_CLASSES)]
-    write_images(folder, names, options.source_images // SOURCE_CLASSES, options.size)
+    write_images(folder, names, images_of_a_class(options.source_images), options.size)
     return Bench(
         eyes=eyes,
         images=pictures(options.batch_size, options.size),
@@ -237,6 +239,12 @@ def make_bench(options: argparse.Namespace, folder: Path) -> tuple[Bench, str]:
         compile=PRECISIONS if options.compile == [] else tuple(options.compile or ()),
         pairs=options.pairs or options.batch_size,
     ), architecture
+
+
+def images_of_a_class(source_images: int) -> int:
+    """About as many of each class, so that discovery looks at all of them."""
+    of_class = source_images // SOURCE_CLASSES
+    return of_class - of_class % DISCOVERY.images_needed if of_class > DISCOVERY.images_needed else of_class
 
 
 def make_eyes(options: argparse.Namespace) -> tuple[Eyes, str]:
@@ -402,11 +410,8 @@ def _forwards(bench: Bench, passes: int) -> Callable[[], object]:
 
 
 def _discover(bench: Bench) -> None:
-    per_class = len(bench.source) // SOURCE_CLASSES
-    beta = 4
-    settings = DiscoverySettings(
-        ipc=max(1, per_class // (3 * beta)), beta=beta, init="cidd", confidence="lowest", crop_score="mean"
-    )
+    of_class = len(bench.source) // SOURCE_CLASSES
+    settings = replace(DISCOVERY, ipc=max(1, of_class // DISCOVERY.images_needed))
     members = np.split(np.arange(len(bench.source)), SOURCE_CLASSES)
     usable = [part.tolist() for part in members]
     groups = class_groups(SOURCE_CLASSES, settings)

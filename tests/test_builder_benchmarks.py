@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from benchmarks import build_scaling, builder_throughput, gradient_cosine, wide_
 from benchmarks.build_watch import STAGES, take_sample
 from benchmarks.gradient_cosine import Decisions
 from benchmarks.plain_recover import recover
+from builders.image_sets import FolderImages
 
 TINY = ["--size", "16", "--architecture", "conv2-w4", "--threads", "1", "--device", "cpu"]
 
@@ -62,6 +64,26 @@ def test_builder_throughput_times_every_stage(tmp_path: Path, capsys: pytest.Cap
     cosines = record["gradient_cosines"]
     assert isinstance(cosines, dict) and list(cosines) == ["bf16"] and cosines["bf16"] > 0.9
     assert "hours, ImageNet-1k IPC 200" in text and "plain recovery" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source_images", [10, 190, 500])
+def test_discovery_is_timed_by_the_images_it_looks_at(
+    source_images: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = builder_throughput.make_parser().parse_args([*TINY, "--source-images", str(source_images)])
+    bench, _ = builder_throughput.make_bench(options, tmp_path)
+    looked_at: list[int] = []
+    read = FolderImages.read
+
+    def counted(images: FolderImages, index: int) -> np.ndarray:
+        looked_at.append(index)
+        return read(images, index)
+
+    monkeypatch.setattr(FolderImages, "read", counted)
+    cases = {case.name: case for case in builder_throughput.make_cases(bench) if case.stage == "discovery"}
+    cases["nrrdd"].prepare()()
+    assert sorted(looked_at) == list(range(cases["nrrdd"].items))
+    assert source_images - 10 * 12 < cases["nrrdd"].items <= source_images
 
 
 def test_rounding_turns_the_gradient_by_what_relus_decide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

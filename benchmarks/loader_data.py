@@ -83,8 +83,8 @@ def write_data(data: Data) -> Data:
     """Writes the dataset, the single files and the soft labels, and returns `data`."""
     for folder in (data.dataset, data.files, data.soft_labels):
         folder.mkdir(parents=True)
-    for path, content in zip(data.image_files(), _pictures(data), strict=True):
-        path.write_bytes(content)
+    for number, path in enumerate(data.image_files()):
+        path.write_bytes(encoded_picture(number, data.size))
     _write_dataset(data)
     _write_soft_labels(data)
     return data
@@ -177,11 +177,11 @@ def _soft_label_batch(epoch: int, number: int, count: int, views: np.ndarray, mi
     )
 
 
-def _pictures(data: Data) -> Iterator[bytes]:
-    for number in range(data.images):
-        buffer = io.BytesIO()
-        Image.fromarray(picture(number, data.size)).save(buffer, "JPEG", quality=_QUALITY, subsampling=0)
-        yield buffer.getvalue()
+def encoded_picture(number: int, size: int) -> bytes:
+    """One of the JPEGs."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture(number, size)).save(buffer, "JPEG", quality=_QUALITY, subsampling=0)
+    return buffer.getvalue()
 
 
 def picture(number: int, size: int) -> np.ndarray:

@@ -66,7 +66,10 @@ def local_path(path: str | os.PathLike[str], option: str = "path") -> Path:
         return Path(path)
     parts = _split(path, option)
     if parts.netloc not in ("", "localhost"):
-        raise ConfigError(f"{option}: {path} names the machine {parts.netloc!r}, expected file:///folder")
+        machine = parts.netloc.rpartition("@")[2]
+        raise ConfigError(
+            f"{option}: {_without_secrets(os.fspath(path))} names the machine {machine!r}, expected file:///folder"
+        )
     return Path(url2pathname(parts.path))
 
 

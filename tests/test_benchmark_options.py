@@ -40,6 +40,7 @@ def test_every_number_has_a_bound(repository: Path) -> None:
         ("builder_throughput", "--batch-size", "1"),
         ("builder_throughput", "--repeats", "0"),
         ("builder_throughput", "--source-images", "5"),
+        ("decoders", "--images", "0"),
         ("exact_distances", "--pairs", "0"),
         ("gradient_cosine", "--batch-size", "1"),
         ("accuracy_by_bytes", "--ranks", "0"),

@@ -323,6 +323,8 @@ def test_plain_paths_and_file_urls_are_folders(tmp_path: Path) -> None:
     assert local_path("file:///a%20b/c") == local_path("file://localhost/a%20b/c") == Path("/a b/c")
     with pytest.raises(ConfigError, match="names the machine 'other', expected file:///folder"):
         local_path("file://other/a")
+    with pytest.raises(ConfigError, match=r"path: file://\.\.\.@other/a names the machine 'other'"):
+        local_path("file://me:s3cret@other/a")
 
 
 def test_a_file_url_gives_what_the_folder_gives(dataset: Path) -> None:

@@ -142,6 +142,7 @@ def test_version_is_the_same_everywhere(
     }
     assert changelog is not None
     assert changelog[1] == version
+    assert f"\nversion: {version}\n" in (repository / "CITATION.cff").read_text("utf-8")
     assert f"Version: {version}" in wheel.read(metadata).decode().splitlines()
     assert written <= {version}
 

@@ -68,7 +68,7 @@ gpu-tiny: .venv
 			--out $(GPU)/tiny-ipc$$ipc || exit; \
 	done
 	$(BIN)/python -m benchmarks.accuracy --dataset tiny-imagenet --data-dir $(TINY) --teacher-checkpoint $(GPU)/tiny.pt \
-		--student resnet18-small $(STUDENTS) --ipc 10 50 --out $(GPU)/tiny --name tiny-imagenet-gpu \
+		--student resnet18-small $(STUDENTS) --compile --ipc 10 50 --out $(GPU)/tiny --name tiny-imagenet-gpu \
 		--labels one-hot compact dbr dbr-priors99 dbr-further1-priors99 dbr-further3-priors99 fkd-top5 soft soft-t20
 
 .venv:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
+from typing import get_args
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -27,6 +28,7 @@ from benchmarks.grid import (
     Table,
     loss_text,
     read_cells,
+    refinement_text,
     require_teacher,
     run_grid,
     stored_epochs,
@@ -34,6 +36,7 @@ from benchmarks.grid import (
 from benchmarks.results_io import Picture, circumstances_text, markdown_table, provenance, write_report
 from benchmarks.spread import interval, spread
 from benchmarks.teacher import TeacherConfig
+from builders.config import Precision
 from builders.sources import Source, load_source
 from nrrdd_format.errors import ConfigError
 
@@ -95,6 +98,10 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
         "--stored-epochs", type=whole(1), metavar="N", help="in a dataset; fewer are repeated (--epochs)"
     )
     parser.add_argument("--iterations", type=whole(0), metavar="N", help="of refinement (preset's)")
+    parser.add_argument(
+        "--precision", choices=get_args(Precision), default="auto", help="of refinement, as in build-distilled (auto)"
+    )
+    parser.add_argument("--compile", action="store_true", help="refine through torch.compile, as in build-distilled")
     parser.add_argument(
         "--images",
         nargs="+",
@@ -175,6 +182,8 @@ def make_grid(options: argparse.Namespace, source: Source) -> Grid:
         epochs=options.epochs or preset.epochs,
         stored_epochs=options.stored_epochs,
         iterations=preset.iterations if options.iterations is None else options.iterations,
+        precision=options.precision,
+        compile=options.compile,
         alpha_dbr=options.alpha_dbr,
         device=device,
     )
@@ -187,7 +196,7 @@ def report(grid: Grid, table: Table) -> str:
     return "\n\n".join(
         [
             f"Teacher {teacher}; student {grid.student}; {grid.epochs} epochs of {stored_epochs(grid)} stored ones; "
-            f"{grid.iterations} steps of refinement; {len(grid.seeds)} seeds. Top-1 in % on {first.test_images:,} real "
+            f"{refinement_text(grid)}; {len(grid.seeds)} seeds. Top-1 in % on {first.test_images:,} real "
             f"test images after the last epoch, mean ± standard deviation over seeds.{loss_text(grid)}"
             f"{_gaps(grid, table)}",
             circumstances_text([result.made for result in table.values()]),

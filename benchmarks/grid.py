@@ -27,7 +27,8 @@ from benchmarks.footprint import Footprint, measure, soft_label_bytes
 from benchmarks.results_io import circumstances, refuse_other, write_json
 from benchmarks.student import Labels, StudentConfig, load_dataset_teacher, train_student
 from benchmarks.teacher import TeacherConfig, summary, train_and_save
-from builders.config import PATCH_OPTIONS, BuildConfig, Confidence, Init, Mask
+from builders.compiled import compile_apart
+from builders.config import PATCH_OPTIONS, BuildConfig, Confidence, Init, Mask, Precision
 from builders.cores import reading_threads
 from builders.job import has_bfloat16
 from builders.parent import end_with_parent
@@ -148,6 +149,10 @@ class Grid:
     """In every dataset, repeated by the students' further epochs; None: as many as those train."""
     iterations: int
     """Of refinement, for the kinds of images that are refined."""
+    precision: Precision = BuildConfig.precision
+    """Of refinement."""
+    compile: bool = BuildConfig.compile
+    """Whether refinement runs through torch.compile."""
     alpha_dbr: float = StudentConfig.alpha_dbr
     """Of students on completed labels."""
     device: str = "cpu"
@@ -251,6 +256,8 @@ def run_grid(grid: Grid, source: Source, cells: Iterable[Cell] | None = None, *,
         ConfigError: a cell's options do not go together, or results or datasets that are there were made with other
             images or in another precision; no student is trained then.
     """
+    if grid.compile:
+        compile_apart()
     ensure_teacher(grid, source)
     origin = Origin.of(source)
     wanted = list(grid.cells() if cells is None else cells)
@@ -502,6 +509,8 @@ def _kind_config(grid: Grid, cell: Cell) -> BuildConfig:
         seed=cell.seed,
         device=grid.device,
     )
+    if kind.refined:
+        config = replace(config, precision=grid.precision, compile=grid.compile)
     return config if kind.label_refinement else replace(config, alpha_lr=0.0)
 
 
@@ -524,6 +533,12 @@ def student_config(grid: Grid, cell: Cell) -> StudentConfig:
         device=grid.device,
     )
     return replace(config, **dict(cell.student))
+
+
+def refinement_text(grid: Grid) -> str:
+    """How images are refined, for a report."""
+    ways = ([] if grid.precision == "auto" else [grid.precision]) + (["compiled"] if grid.compile else [])
+    return f"{grid.iterations} steps of refinement" + (f" ({', '.join(ways)})" if ways else "")
 
 
 def loss_text(grid: Grid) -> str:

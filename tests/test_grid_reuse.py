@@ -24,10 +24,12 @@ from benchmarks.grid import (
     Cell,
     Grid,
     Origin,
+    build_config,
     cell_path,
     loss_text,
     precision,
     read_cells,
+    refinement_text,
     run_grid,
     student_config,
 )
@@ -99,6 +101,20 @@ def test_the_weight_of_the_distances_error_is_of_completed_labels_only(grid: Gri
     assert accuracy.make_parser().parse_args(["--out", "x"]).alpha_dbr == grid.alpha_dbr == CompletedDBRLoss().alpha_dbr
     assert loss_text(alone) == " α_dbr 0 beside the KL of dbr-further3."
     assert loss_text(grid) == ""
+
+
+def test_how_refinement_runs_tells_refined_images_apart_and_no_others(grid: Grid) -> None:
+    """Compiled and in bfloat16 it gives other pixels, but patches that are not refined are the same."""
+    fast = replace(grid, precision="bf16", compile=True)
+    refined, _ = grid.cells()
+    assert build_config(fast, refined).precision == "bf16" and build_config(fast, refined).compile
+    assert len({cell_path(other, refined) for other in (grid, fast, replace(grid, compile=True))}) == 3
+    assert precision(fast, refined) == "bf16"
+    rded = replace(refined, images="rded")
+    assert build_config(fast, rded) == build_config(grid, rded)
+    assert cell_path(fast, rded) == cell_path(grid, rded)
+    texts = [refinement_text(each) for each in (grid, fast)]
+    assert texts == ["1 steps of refinement", "1 steps of refinement (bf16, compiled)"]
 
 
 def test_precisions_are_not_mixed(grid: Grid) -> None:

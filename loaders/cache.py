@@ -44,7 +44,7 @@ class ShardCache:
         self.folder = root / dataset_id
         self._root = root
         self._remote = remote
-        self._limit = limit_bytes
+        self.limit_bytes = limit_bytes
         self._held: dict[str, int] = {}  # name of a shard -> the descriptor that holds its lock
         self._holder = os.getpid()
 
@@ -167,8 +167,8 @@ class ShardCache:
         part = self._part(entry)
         part.unlink(missing_ok=True)
         with locked(self._root / "lock"):
-            if self._limit is not None:
-                self._evict(self._limit, entry)
+            if self.limit_bytes is not None:
+                self._evict(self.limit_bytes, entry)
             with open(part, "wb") as file:
                 file.truncate(entry.bytes)
 

@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,16 +19,13 @@ from torch.utils.data import DataLoader, Sampler
 
 from loaders.bad_shards import find_bad_shards
 from loaders.batch import DBRBatch, PlannedBatch
-from loaders.cache import ShardCache
 from loaders.delivery import Parcel, Slots, keep_freed_memory
+from loaders.opening import open_place, whole
 from loaders.order import EpochSteps, ShardPairs, epoch_steps, rank_slice
 from loaders.ranks import Agreement, distributed_ranks
 from loaders.reading import Assignment, BatchReader, Reading
-from nrrdd_format.dataset import DistilledDataset, open_dataset
-from nrrdd_format.errors import ConfigError, NrrddError, counted, require, shown
-from nrrdd_format.files import default_cache_dir
+from nrrdd_format.errors import ConfigError, NrrddError, counted, require
 from nrrdd_format.manifest import TeacherInfo
-from nrrdd_format.remote import RemoteFolder, is_url, local_path
 
 STATE_FORMAT = "nrrdd-loader"
 STATE_VERSION = 2
@@ -137,29 +133,20 @@ class DBRLoader:
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        batch_size = _whole("batch_size", batch_size, 1)
-        seed = _whole("seed", seed, 0)
-        num_workers = _whole("num_workers", num_workers, 0)
-        cache_bytes = _whole("cache_bytes", cache_bytes, 0)
-        if cache_limit_bytes is not None:
-            cache_limit_bytes = _whole("cache_limit_bytes", cache_limit_bytes, 1)
+        batch_size = whole("batch_size", batch_size, 1)
+        seed = whole("seed", seed, 0)
+        num_workers = whole("num_workers", num_workers, 0)
+        cache_bytes = whole("cache_bytes", cache_bytes, 0)
         require(on_bad_shard in ("raise", "skip"), f"on_bad_shard: found {on_bad_shard!r}, expected 'raise' or 'skip'")
-        require(
-            isinstance(timeout, int | float) and timeout > 0,
-            f"timeout: found {shown(timeout)}, expected more than 0 seconds",
+        opened = open_place(
+            path,
+            cache_dir=cache_dir,
+            cache_limit_bytes=cache_limit_bytes,
+            timeout=timeout,
+            attempts=attempts,
+            storage_options=storage_options or {},
         )
-        attempts = _whole("attempts", attempts, 1)
-        self._cache: ShardCache | None = None
-        if is_url(path):
-            remote = RemoteFolder(
-                url=os.fspath(path), timeout=timeout, attempts=attempts, storage_options=storage_options or {}
-            )
-            manifest, where = remote.manifest(), remote.shown()
-            root = default_cache_dir() if cache_dir is None else Path(cache_dir)
-            self._cache = ShardCache(remote, manifest.dataset_id, root, cache_limit_bytes)
-            self._dataset = DistilledDataset(self._cache.folder, manifest)
-        else:
-            self._dataset, where = open_dataset(local_path(path)), os.fspath(path)
+        self._dataset, self._cache = opened.dataset, opened.cache
         self._manifest = self._dataset.manifest
         self._dataset_id = self._manifest.dataset_id
         self._shards = ShardPairs(
@@ -167,12 +154,13 @@ class DBRLoader:
             cycle=self._manifest.records.cycle,
         )
         require(
-            self._shards.total > 0, f"{where}: the dataset lists no shards, expected at least one; finish its build"
+            self._shards.total > 0,
+            f"{opened.shown}: the dataset lists no shards, expected at least one; finish its build",
         )
         self._ranks = _given_ranks(rank, world_size)
         self._agreement = Agreement() if self._ranks is None else None
-        if cache_limit_bytes is not None and self._cache is not None:
-            self._require_room(cache_limit_bytes, batch_size, num_workers)
+        if self._cache is not None and self._cache.limit_bytes is not None:
+            self._require_room(self._cache.limit_bytes, batch_size, num_workers)
         if on_bad_shard == "skip":
             self._skip_bad_shards()
         self._pairs = self._shards.total
@@ -232,7 +220,7 @@ class DBRLoader:
 
         A running loop gets no more batches of the epoch that is left: it ends as if there were none.
         """
-        epoch = _whole("epoch", epoch, 0)
+        epoch = whole("epoch", epoch, 0)
         if epoch != self.epoch or self._position.all_given:
             self._turn_to(epoch)
 
@@ -509,10 +497,3 @@ def _count(state: Mapping[str, object], key: str, most: int) -> int:
     if type(found) is not int or not 0 <= found <= most:
         raise ConfigError(f"loader state: {key} is {found!r}, expected an integer from 0 to {most}")
     return found
-
-
-def _whole(name: str, value: object, least: int) -> int:
-    """The value as a plain integer: NumPy's count as well, as sizes are computed, but do not belong into a state."""
-    if isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= least:
-        return int(value)
-    raise ConfigError(f"{name}: found {shown(value)}, expected a whole number, {least} or more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -66,6 +67,21 @@ def test_the_dataset_id_depends_on_content_only(content: dict[str, Any]) -> None
     assert dataset_id(lambda c: c["records"].update(temperature=1)) == same
     assert dataset_id(put("records.temperature", 2.0)) != same
     assert dataset_id(put("method.note", "other")) != same
+
+
+def test_the_dataset_id_is_that_of_the_normal_form(content: dict[str, Any]) -> None:
+    """SPEC.md section 3, written out by hand: other readers have other habits with numbers, escapes and sorting."""
+    as_found = r'{"😀": 1E-4, "～": 99e-6, "z\u007f\/é\u0001\n": [1E16, 25e15, 9.5e15, 1.50, 100, -0.0, 2e1]}'
+    normal = (
+        r'{"z\u007f/\u00e9\u0001\n":[1e+16,2.5e+16,9500000000000000.0,1.5,100,-0.0,20.0],'
+        r'"\uff5e":9.9e-05,"\ud83d\ude00":0.0001}'
+    )
+    whole = Manifest.decode(changed(content, put("method", {}))).to_json()
+    text = json.dumps({**whole, "version": [1, 0]}, sort_keys=True, separators=(",", ":"))
+    decoded = Manifest.decode(json.dumps(whole).replace('"method": {}', f'"method": {as_found}').encode())
+    expected = text.replace('"method":{}', f'"method":{normal}')
+    assert expected != text
+    assert decoded.dataset_id == hashlib.sha256(expected.encode("ascii")).hexdigest()
 
 
 def test_layout_carries_the_tables(content: dict[str, Any]) -> None:

@@ -248,6 +248,7 @@ BROKEN: dict[str, Sequence[Broken]] = {
         Broken("not UTF-8", text(lambda t: t.replace(b"mutated", b"mut\xe4ted")), "utf-8"),
         Broken("a list", text(lambda t: b"[" + t + b"]"), "expected an object"),
         Broken("two objects", text(lambda t: t + t), "not valid JSON"),
+        Broken("a byte order mark", text(lambda t: b"\xef\xbb\xbf" + t), "not valid JSON"),
     ],
     "R6": [
         Broken("format", manifest("format", value="zarr"), "format is 'zarr', expected 'nrrdd'"),
@@ -259,6 +260,7 @@ BROKEN: dict[str, Sequence[Broken]] = {
         Broken("a key missing", stated(lambda c: c["records"].pop("cycle")), r"records\.cycle is missing"),
         Broken("a fraction", manifest("images", "size", value=8.0), r"images\.size is 8\.0"),
         Broken("out of range", manifest("images", "quality", value=101), r"images\.quality is 101"),
+        Broken("upper case", manifest("shards", 0, "sha256", value="A" * 64), r"sha256 is 'A.*expected 64 hex digits"),
         Broken("no codebook", manifest("codebooks", "mixes", value=None), r"codebooks\.mixes is null, expected a list"),
         Broken("a codebook", manifest("codebooks", "views", value=[[0, 0, 8, 8]]), "views is given", "verbatim"),
     ],
@@ -326,6 +328,7 @@ BROKEN: dict[str, Sequence[Broken]] = {
         Broken("not msgpack", sealed(head_frame=lambda p: frame(b"\xc1")), "msgpack"),
         Broken("a list", sealed(head_frame=lambda p: frame(b"\x90")), "expected a map"),
         Broken("a key twice", sealed(head_frame=lambda p: frame(b"\x82\xa1a\x01\xa1a\x02")), "a key appears twice"),
+        Broken("a key that is no text", sealed(head=lambda content: content.update({5: 0})), "int is not allowed"),
     ],
     "R15": [
         Broken("bytes behind it", sealed(header_frame=lambda p: frame(p) + b"\0"), "the tar header states"),
@@ -487,6 +490,7 @@ BEYOND_LIMITS: dict[str, Sequence[Broken]] = {
             "msgpack", sealed(header_frame=lambda p: frame(p + bytes(2**23))), "header states 8388.* expected at most"
         ),
         Broken("keys", sealed(header=field("news", {f"{k}": 0 for k in range(64)})), "more than 64 map keys"),
+        Broken("a list", sealed(head=field("news", [0] * 262_146)), "msgpack: 262146 exceeds"),
         Broken("lists", sealed(header=field("news", [[0] * 250_000] * 5)), "more than 1048640 list entries"),
         Broken("keys in the head", sealed(head=field("news", [{}] * 70)), "more than 64 map keys"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgpack
@@ -74,6 +74,7 @@ def _unpack_map(packed: bytes) -> dict[str, Any]:
             max_array_len=_MAX_LIST,
             max_map_len=_MAX_KEYS,
             max_ext_len=0,
+            ext_hook=_refuse_extension,  # an empty one, which max_ext_len lets pass
             list_hook=_at_most(_MAX_ENTRIES, "list entries"),
             object_pairs_hook=_unique_at_most(_MAX_KEYS),
         )
@@ -93,6 +94,7 @@ def _unique_at_most(limit: int) -> Callable[[list[tuple[Any, Any]]], dict[Any, A
         if len(made) != len(pairs):
             raise ValueError("a key appears twice in a map")
         count(made)
+        _refuse_binary(made.values())
         return made
 
     return make
@@ -107,6 +109,17 @@ def _at_most(limit: int, what: str) -> Callable[[Any], Any]:
         count += len(value) or 1
         if count > limit:
             raise ValueError(f"more than {limit} {what}")
+        _refuse_binary(value)
         return value
 
     return check
+
+
+def _refuse_binary(values: Iterable[Any]) -> None:
+    """Also an empty one, which max_bin_len lets pass."""
+    if bytes in map(type, values):
+        raise ValueError("a binary value")
+
+
+def _refuse_extension(code: int, data: bytes) -> Any:
+    raise ValueError(f"a value of extension type {code}")

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 import torch
@@ -492,6 +493,11 @@ BEYOND_LIMITS: dict[str, Sequence[Broken]] = {
         Broken("keys", sealed(header=field("news", {f"{k}": 0 for k in range(64)})), "more than 64 map keys"),
         Broken("a list", sealed(head=field("news", [0] * 262_146)), "msgpack: 262146 exceeds"),
         Broken("lists", sealed(header=field("news", [[0] * 250_000] * 5)), "more than 1048640 list entries"),
+        Broken("a binary value", sealed(head=field("news", b"x")), "exceeds max_bin_len"),
+        Broken("an empty binary value", sealed(head=field("news", b"")), "binary"),
+        Broken("an empty binary value in a list", sealed(head=field("news", [1, b""])), "binary"),
+        Broken("an empty binary key", sealed(head=field("news", {b"": 1})), "binary"),
+        Broken("an empty value of another type", sealed(head=field("news", msgpack.ExtType(5, b""))), "extension"),
         Broken("keys in the head", sealed(head=field("news", [{}] * 70)), "more than 64 map keys"),
     ],
     "images, and pairs an epoch, of one shard": [

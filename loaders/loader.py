@@ -29,7 +29,8 @@ from nrrdd_format.manifest import TeacherInfo
 
 STATE_FORMAT = "nrrdd-loader"
 STATE_VERSION = 2
-_PREFETCHED = 2  # batches that each worker prepares ahead
+PREFETCHED = 2
+"""Batches that each worker prepares ahead."""
 _DEATH = "DataLoader worker (pid"  # how torch begins to say that one has ended
 
 
@@ -288,7 +289,7 @@ class DBRLoader:
         """Readers hold the windows of the batches under way, so the cache must have room for the largest of these."""
         sizes = sorted((entry.bytes for entry in self._manifest.shards), reverse=True)
         _, world_size = self._ranks or distributed_ranks()
-        steps = 1 + (1 + _PREFETCHED) * num_workers  # asked for, and the last one that each worker has done
+        steps = 1 + (1 + PREFETCHED) * num_workers  # asked for, and the last one that each worker has done
         held = self._shards.most_shards_of((steps * batch_size + 1) * world_size)  # a tail may have joined
         require(
             limit >= sum(sizes[:held]),
@@ -364,7 +365,7 @@ class DBRLoader:
             sampler=self._assignments,
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
-            prefetch_factor=_PREFETCHED if self._num_workers else None,
+            prefetch_factor=PREFETCHED if self._num_workers else None,
             persistent_workers=self._num_workers > 0,
             worker_init_fn=keep_freed_memory,
             generator=torch.Generator(),  # else torch draws the workers' seed from the user's random state
@@ -378,7 +379,7 @@ class DBRLoader:
         on_cpu = self._device.type == "cpu"
         images = (min(self._batch_size, self._pairs) + 1) * (1 if on_cpu else 2)
         nbytes = images * 3 * self._manifest.images.size**2 * (4 if on_cpu else 1)
-        count = _PREFETCHED * self._num_workers + 2
+        count = PREFETCHED * self._num_workers + 2
         try:
             return Slots(count, nbytes, shared=self._num_workers > 0)
         except RuntimeError:

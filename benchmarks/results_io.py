@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
 
 from builders.cores import usable_cores
 from nrrdd_format.errors import ConfigError
 from nrrdd_format.files import atomic_write, make_folder
+from nrrdd_format.remote import place_of, without_secrets
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,14 +71,15 @@ def _short(value: str | None) -> str:
 
 
 def command_line(module: str, arguments: Sequence[str]) -> str:
-    """The command as it can be published: of an absolute path only the last part, the rest is the machine's own."""
+    """The command as it can be published: of an absolute path only the last part, of a URL neither user nor query."""
     return " ".join([f"python -m {module}", *map(_published, arguments)])
 
 
 def _published(argument: str) -> str:
-    option, equals, value = argument.rpartition("=")
-    path = Path(value)
-    return f"{option}{equals}…/{path.name}" if path.is_absolute() else shlex.quote(argument)
+    start, value = re.fullmatch(r"([^=/?]*=)?(.*)", argument, re.DOTALL).groups("")  # type: ignore[union-attr]
+    url = isinstance(place_of(value), str)
+    path = Path(urlsplit(value).path if url and value.lower().startswith("file:") else value)
+    return f"{start}…/{path.name}" if path.is_absolute() else shlex.quote(start + without_secrets(value))
 
 
 def hardware() -> dict[str, Any]:
@@ -129,10 +133,10 @@ def write_report(
     write_json(folder / f"{stem}.json", {**facts, **data})
     links = []
     for picture in pictures:
-        file_name = f"{stem}{picture.suffix}.png"
-        with atomic_write(folder / file_name) as file:
+        path = folder / f"{stem}{picture.suffix}.png"
+        with atomic_write(path) as file:
             picture.figure.savefig(file, format="png", dpi=150)
-        links.append(f"![{picture.caption}]({file_name})")
+        links.append(f"![{picture.caption}]({quote(path.name)})")
     parts = [f"# {title}", _provenance_text(facts), text.rstrip("\n"), *links]
     _write_text(folder / f"{stem}.md", "\n\n".join(parts) + "\n")
 

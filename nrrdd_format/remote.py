@@ -68,7 +68,7 @@ def local_path(path: str | os.PathLike[str], option: str = "path") -> Path:
     if parts.netloc not in ("", "localhost"):
         machine = parts.netloc.rpartition("@")[2]
         raise ConfigError(
-            f"{option}: {_without_secrets(os.fspath(path))} names the machine {machine!r}, expected file:///folder"
+            f"{option}: {without_secrets(os.fspath(path))} names the machine {machine!r}, expected file:///folder"
         )
     return Path(url2pathname(parts.path))
 
@@ -83,12 +83,12 @@ def _split(url: str | os.PathLike[str], option: str) -> SplitResult:
     try:
         return urlsplit(os.fspath(url))
     except ValueError:
-        shown = _without_secrets(os.fspath(url))
+        shown = without_secrets(os.fspath(url))
         # Not from it: its text may quote user and password.
         raise ConfigError(f"{option}: {shown} is not a URL, expected scheme://host/folder") from None
 
 
-def _without_secrets(text: str) -> str:
+def without_secrets(text: str) -> str:
     """A text in which URLs stand, without their users, passwords and queries."""
     return _QUERY.sub("?...", _USER.sub("//...@", text))
 
@@ -253,4 +253,4 @@ class RemoteFolder:
         for secret in filter(None, (parts.query, parts.netloc.rpartition("@")[0])):
             text = text.replace(secret, "...")
         # Backends write a URL in forms of their own (other characters are percent-encoded), and name others.
-        return _without_secrets(text)
+        return without_secrets(text)

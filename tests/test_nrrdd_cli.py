@@ -466,6 +466,22 @@ def test_a_published_command_holds_no_absolute_path() -> None:
     assert command_line("m", arguments) == "python -m m …/data set --out=…/y relative/path 'two words'"
 
 
+def test_a_published_command_holds_no_secret_of_a_url() -> None:
+    arguments = ["https://me:word@host/x?token=y=z", "--test-dir=s3://key:word@bucket/test", "--a=file:///home/me/data"]
+    assert command_line("m", [*arguments, "file://me:word@host/home/data"]) == (
+        "python -m m 'https://...@host/x?...' --test-dir=s3://...@bucket/test --a=…/data …/data"
+    )
+
+
+def test_pictures_are_linked_whatever_the_name(tmp_path: Path) -> None:
+    facts = provenance("benchmarks.accuracy", seeds=[0])
+    name = "of Bob's (new)/ten images"
+    write_report(tmp_path, name, facts, {}, title="Title", text="", pictures=[Picture("one", Figure())])
+    (page,) = tmp_path.glob("*/*.md")
+    assert page.with_suffix(".png").is_file()
+    assert page.read_text().endswith("![one](ten%20images.png)\n")
+
+
 def test_reports_say_what_ran_where(tmp_path: Path) -> None:
     facts = provenance("benchmarks.accuracy", seeds=[0, 1])
     assert facts["seeds"] == [0, 1] and facts["versions"]["torch"] and facts["hardware"]["cores"] >= 1

@@ -1,8 +1,8 @@
 """Bytes of labels beside the top-1 of students that learned from them, on the same images.
 
 Top-1 comes from a result of `benchmarks.accuracy`. A built dataset is found in it by name, images per class, kind of
-images, steps of refinement and teacher. Its bytes are measured, so every kind of label is a point of bytes and
-accuracy.
+images, steps of refinement, teacher and stored epochs. Its bytes are measured, so every kind of label is a point of
+bytes and accuracy.
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ def _build_facts(manifest: Manifest) -> Cell:
         "iterations": manifest.method["refinement"]["iterations"],
         "teacher": manifest.teacher.architecture,
         "teacher_top1": manifest.teacher.top1,
+        "stored_epochs": manifest.records.epochs,
     }
 
 

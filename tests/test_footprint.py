@@ -311,7 +311,12 @@ def test_top1_joins_the_bytes_of_the_images_it_was_measured_on(tmp_path: Path, m
     size = {"bytes_labels": 0.0}
     cells = [cell | size | {"labels": labels, "top1": top1} for labels in ("one-hot", "dbr") for top1 in (0.25, 0.75)]
     cells += [cell | size | {"labels": "dbr", "top1": 0.9} | other for other in ({"ipc": 1}, {"images": "nrr"})]
-    others: list[dict[str, Any]] = [{"iterations": 6}, {"teacher": "another"}, {"teacher_top1": 0.123}]
+    others: list[dict[str, Any]] = [
+        {"iterations": 6},
+        {"teacher": "another"},
+        {"teacher_top1": 0.123},
+        {"stored_epochs": 9},
+    ]
     cells += [cell | size | {"labels": "dbr", "top1": 0.9} | other for other in others]
     cells[0] |= {"iterations": 5}
     cells += [cell | {"labels": "dbr-further1", "top1": 0.5, "bytes_labels": size} for size in (1000.0, 3000.0)]

@@ -18,7 +18,7 @@ from typing import get_args
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.command import add_alpha_dbr, add_device, add_source, pick_device, run, whole
+from benchmarks.command import Several, add_alpha_dbr, add_device, add_source, pick_device, run, whole
 from benchmarks.grid import (
     IMAGES,
     LABELS,
@@ -90,9 +90,9 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", metavar="NAME", help="of the report's files (the dataset's)")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="quick", help="quick (default) or full")
     parser.add_argument(
-        "--seeds", type=whole(0), nargs="+", default=[0], metavar="N", help="a build and students for each (0)"
+        "--seeds", type=whole(0), action=Several, default=[0], metavar="N", help="a build and students for each (0)"
     )
-    parser.add_argument("--ipc", type=whole(1), nargs="+", metavar="N", help="images per class (preset's)")
+    parser.add_argument("--ipc", type=whole(1), action=Several, metavar="N", help="images per class (preset's)")
     parser.add_argument("--epochs", type=whole(1), metavar="N", help="of training (preset's)")
     parser.add_argument(
         "--stored-epochs", type=whole(1), metavar="N", help="in a dataset; fewer are repeated (--epochs)"
@@ -104,7 +104,7 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="refine through torch.compile, as in build-distilled")
     parser.add_argument(
         "--images",
-        nargs="+",
+        action=Several,
         choices=tuple(IMAGES),
         metavar="KIND",
         default=["random-real", "nrr", "nrr+lr"],
@@ -112,7 +112,7 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--labels",
-        nargs="+",
+        action=Several,
         choices=tuple(LABELS),
         metavar="KIND",
         default=["one-hot", "compact", "dbr", "soft"],

@@ -20,7 +20,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.command import add_alpha_dbr, add_device, local_folder, pick_device, run, whole
+from benchmarks.command import Several, add_alpha_dbr, add_device, local_folder, pick_device, run, whole
 from benchmarks.completion import complete
 from benchmarks.footprint import epoch_pairs, fkd_bytes_per_pair, in_full_batches
 from benchmarks.logit_codes import FIT_PAIRS, CodedBatches, LogitCode, LowRank, ProductCode, coded_bytes, predictions
@@ -141,12 +141,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=whole(1), default=300, metavar="N", help="of every student (300)")
     parser.add_argument("--priors", type=whole(1), default=9, metavar="K", help="classes in an image's prior (9)")
     parser.add_argument(
-        "--further", type=whole(0), nargs="+", default=[0, 1, 2, 3, 5, 8], metavar="X", help="0 1 2 3 5 8"
+        "--further", type=whole(0), action=Several, default=[0, 1, 2, 3, 5, 8], metavar="X", help="0 1 2 3 5 8"
     )
     parser.add_argument(
-        "--ranks", type=whole(1), nargs="*", default=[2, 4, 8], metavar="R", help="low-rank codes (2 4 8)"
+        "--ranks",
+        type=whole(1),
+        nargs="*",
+        action=Several,
+        default=[2, 4, 8],
+        metavar="R",
+        help="low-rank codes (2 4 8)",
     )
-    parser.add_argument("--parts", type=whole(1), nargs="*", default=[2, 4], metavar="M", help="product codes (2 4)")
+    parser.add_argument(
+        "--parts", type=whole(1), nargs="*", action=Several, default=[2, 4], metavar="M", help="product codes (2 4)"
+    )
     add_alpha_dbr(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="keeps datasets and finished students")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"for the report ({RESULTS})")

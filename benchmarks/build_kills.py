@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.build_ranks import BuildRanks
-from benchmarks.command import run, whole
+from benchmarks.command import Several, run, whole
 from benchmarks.results_io import markdown_table, provenance, write_report
 from builders.models import create_model
 from builders.progress import Progress
@@ -106,7 +106,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--kills", type=whole(1), default=100, metavar="N", help="builds to kill (100)")
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of every random draw (0)")
-    parser.add_argument("--ranks", type=whole(1), nargs="+", default=[1, 2, 3, 5], metavar="R", help="ranks (1 2 3 5)")
+    parser.add_argument(
+        "--ranks", type=whole(1), action=Several, default=[1, 2, 3, 5], metavar="R", help="ranks (1 2 3 5)"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write <date>-build-kills.{json,md} into this folder")
     return parser
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.command import add_device, pick_device, run, whole
+from benchmarks.command import Several, add_device, pick_device, run, whole
 from benchmarks.loader_data import MEAN, STD, picture
 from benchmarks.plain_recover import recover
 from benchmarks.results_io import markdown_table, provenance, write_report
@@ -164,7 +164,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--source-images", type=whole(SOURCE_CLASSES), default=500, metavar="N", help="JPEGs of discovery (500)"
     )
     parser.add_argument(
-        "--compile", nargs="*", choices=PRECISIONS, metavar="P", help="compiled refinement, too, in fp32, bf16 or both"
+        "--compile",
+        nargs="*",
+        action=Several,
+        choices=PRECISIONS,
+        metavar="P",
+        help="compiled refinement, too, in fp32, bf16 or both",
     )
     parser.add_argument(
         "--pairs", type=whole(1), metavar="N", help="labelled in a repeat (the batch's number of images)"

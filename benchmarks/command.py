@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nrrdd_format.errors import ConfigError, NrrddError
 from nrrdd_format.remote import place_of
@@ -70,6 +70,21 @@ def local_folder(text: str) -> Path:
             "(of URLs only DBRLoader reads datasets)"
         )
     return place
+
+
+class Several(argparse.Action):
+    """Of options that take several values: refuses one that is there twice, since it would count twice in a mean."""
+
+    def __init__(self, *, nargs: str = "+", **options: Any) -> None:
+        super().__init__(nargs=nargs, **options)
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        for number, value in enumerate(values):
+            if value in values[:number]:
+                raise argparse.ArgumentError(self, f"found {value} twice, expected different values")
+        setattr(namespace, self.dest, values)
 
 
 def whole(least: int) -> Callable[[str], int]:

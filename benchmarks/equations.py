@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.command import add_alpha_dbr, add_device, add_source, pick_device, run, whole
+from benchmarks.command import Several, add_alpha_dbr, add_device, add_source, pick_device, run, whole
 from benchmarks.grid import (
     IMAGES,
     LABELS,
@@ -134,7 +134,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", metavar="NAME", help="of the report's files (the dataset's and the images')")
     parser.add_argument(
         "--choices",
-        nargs="+",
+        action=Several,
         choices=tuple(CHOICES),
         metavar="OPTION",
         help=f"of {', '.join(CHOICES)} (all that matter for the images)",
@@ -151,7 +151,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--iterations", type=whole(0), default=500, metavar="N", help="of refinement (500)")
     parser.add_argument("--student", metavar="ARCH", help="the students' network (the dataset's default)")
     add_alpha_dbr(parser)
-    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], metavar="N", help="(0 1 2)")
+    parser.add_argument("--seeds", type=whole(0), action=Several, default=[0, 1, 2], metavar="N", help="(0 1 2)")
     parser.add_argument("--collect", action="store_true", help="run nothing: report on the cells that OUT holds")
     add_device(parser)
     return parser

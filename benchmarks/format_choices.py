@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.command import add_device, add_source, pick_device, run, whole
+from benchmarks.command import Several, add_device, add_source, pick_device, run, whole
 from benchmarks.exact_distances import Distances, exact_distances
 from benchmarks.footprint import measure
 from benchmarks.grid import KEY_DIGITS, PLACES, Origin
@@ -140,9 +140,11 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--study", choices=tuple(STUDIES), required=True, help="what is chosen")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these, the first to compare with (all)")
+    parser.add_argument(
+        "--variants", action=Several, metavar="NAME", help="only these, the first to compare with (all)"
+    )
     add_source(parser, default="cifar10")
-    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="only these classes (names or WNIDs)")
+    parser.add_argument("--classes", action=Several, metavar="CLASS", help="only these classes (names or WNIDs)")
     parser.add_argument("--size", type=whole(8), metavar="PX", help="side of the images; imagefolder only")
     parser.add_argument("--teacher-checkpoint", type=Path, required=True, metavar="FILE", help="a trained teacher")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="keeps datasets and results")
@@ -150,7 +152,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ipc", type=whole(1), default=10, metavar="N", help="images per class (10)")
     parser.add_argument("--epochs", type=whole(1), default=300, metavar="N", help="stored and trained (300)")
     parser.add_argument("--student", metavar="ARCH", help="the students' network (the dataset's default)")
-    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], metavar="N", help="(0 1 2)")
+    parser.add_argument("--seeds", type=whole(0), action=Several, default=[0, 1, 2], metavar="N", help="(0 1 2)")
     add_device(parser)
     return parser
 

@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.command import local_folder, run, whole
+from benchmarks.command import Several, local_folder, run, whole
 from benchmarks.results_io import markdown_table, provenance, write_report
 from benchmarks.spread import interval, spread
 from benchmarks.student import Batches, StudentConfig, load_matching_source, pick_batch_size, train_student
@@ -99,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where the source's test images lie")
     parser.add_argument("--student", metavar="ARCH", help="the students' network (the dataset's default)")
     parser.add_argument(
-        "--seeds", type=whole(0), nargs="+", default=[0, 1, 2], metavar="N", help="a student for each (0 1 2)"
+        "--seeds", type=whole(0), action=Several, default=[0, 1, 2], metavar="N", help="a student for each (0 1 2)"
     )
     parser.add_argument("--epochs", type=whole(1), default=100, metavar="N", help="of every student (100)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"for the report ({RESULTS})")

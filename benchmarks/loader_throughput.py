@@ -18,7 +18,7 @@ from statistics import median
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.command import number, run, whole
+from benchmarks.command import Several, number, run, whole
 from benchmarks.loader_data import Data, write_data
 from benchmarks.loader_peers import (
     UNBOUNDED,
@@ -90,7 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog=f"python -m {MODULE}", description="Measure pairs a second of our loader and of others."
     )
     parser.add_argument(
-        "--resolution", type=whole(8), nargs="+", default=[224, 32], metavar="S", help="sides in pixels (224 32)"
+        "--resolution", type=whole(8), action=Several, default=[224, 32], metavar="S", help="sides in pixels (224 32)"
     )
     parser.add_argument("--images", type=whole(8), default=2000, metavar="N", help="images in the dataset (2000)")
     parser.add_argument("--batch-size", type=whole(1), default=100, metavar="B", help="pairs in a batch (100)")

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.command import add_device, add_source, number, pick_device, run, whole
+from benchmarks.command import Several, add_device, add_source, number, pick_device, run, whole
 from benchmarks.grid import IMAGES, Cell, Changes, Grid, Origin, built_dataset, labelled_dataset, require_teacher
 from benchmarks.results_io import Picture, markdown_table, provenance, write_report
 from benchmarks.spread import spread
@@ -91,7 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", metavar="NAME", help="of the report's files (the dataset's)")
     parser.add_argument(
         "--images",
-        nargs="+",
+        action=Several,
         choices=tuple(IMAGES),
         metavar="KIND",
         default=["random-real", "rded", "nrr", "nrr+lr"],
@@ -99,13 +99,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ipc", type=whole(1), default=1, metavar="N", help="images per class (1)")
     parser.add_argument(
-        "--iterations", type=whole(0), nargs="+", default=[500], metavar="N", help="of refinement (500)"
+        "--iterations", type=whole(0), action=Several, default=[500], metavar="N", help="of refinement (500)"
     )
     parser.add_argument(
-        "--alpha-lr", type=number(0), nargs="+", default=[1.0], metavar="W", help="label refinement's (1)"
+        "--alpha-lr", type=number(0), action=Several, default=[1.0], metavar="W", help="label refinement's (1)"
     )
     parser.add_argument("--stored-epochs", type=whole(1), default=16, metavar="N", help="to measure on (16)")
-    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], metavar="N", help="(0 1 2)")
+    parser.add_argument("--seeds", type=whole(0), action=Several, default=[0, 1, 2], metavar="N", help="(0 1 2)")
     add_device(parser)
     return parser
 

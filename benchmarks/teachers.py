@@ -28,7 +28,7 @@ from benchmarks.accuracy import (
     spread_of,
     top1,
 )
-from benchmarks.command import run
+from benchmarks.command import Several, run
 from benchmarks.grid import Grid, Table, loss_text, require_teacher, stored_epochs
 from benchmarks.results_io import Picture, circumstances_text, markdown_table, provenance, write_report
 from builders.sources import load_source
@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_grid(parser)
     parser.add_argument(
-        "--teacher-checkpoint", type=Path, nargs="+", required=True, metavar="FILE", help="trained teachers"
+        "--teacher-checkpoint", type=Path, action=Several, required=True, metavar="FILE", help="trained teachers"
     )
     return parser
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.command import number, whole
+from benchmarks.command import Several, number, whole
 
 OF_A_BENCHMARK = 'prog=f"python -m {MODULE}"'
 
@@ -59,6 +59,32 @@ def test_a_number_below_its_bound_is_refused(
         parsers(repository)[name].parse_args([option, value])
     assert ended.value.code == 2
     assert f"argument {option}: found '{value}', expected a " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_no_list_takes_a_value_twice(repository: Path) -> None:
+    for name, parser in parsers(repository).items():
+        lists = [action for action in parser._actions if action.option_strings and action.nargs in ("+", "*")]
+        assert not [action.dest for action in lists if not isinstance(action, Several)], name
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("accuracy", "--seeds 0 1 00", "--seeds: found 0 twice"),
+        ("accuracy", "--labels dbr dbr", "--labels: found dbr twice"),
+        ("accuracy_by_bytes", "--further 1 2 1", "--further: found 1 twice"),
+        ("equations", "--choices radius sce radius", "--choices: found radius twice"),
+        ("pair_mass", "--alpha-lr 1 1.0", "--alpha-lr: found 1.0 twice"),
+        ("teachers", "--teacher-checkpoint a.pt b/../a.pt ./a.pt", "--teacher-checkpoint: found a.pt twice"),
+    ],
+)
+def test_a_value_that_would_count_twice_is_refused(
+    name: str, options: str, told: str, repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parsers(repository)[name].parse_args(options.split())
+    assert ended.value.code == 2
+    assert f"argument {told}, expected different values" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_bounds() -> None:

@@ -32,6 +32,7 @@ from benchmarks.grid import (
     require_teacher,
     run_grid,
     stored_epochs,
+    teacher_text,
 )
 from benchmarks.results_io import Picture, circumstances_text, markdown_table, provenance, write_report
 from benchmarks.spread import interval, spread
@@ -192,7 +193,7 @@ def make_grid(options: argparse.Namespace, source: Source) -> Grid:
 def report(grid: Grid, table: Table) -> str:
     """The report's tables and what they were made with, as Markdown."""
     first = next(iter(table.values()))
-    teacher = f"{first.teacher}, top-1 {first.teacher_top1:.2%}" if first.teacher_top1 is not None else first.teacher
+    teacher = teacher_text(first.teacher, (result.teacher_top1 for result in table.values()))
     return "\n\n".join(
         [
             f"Teacher {teacher}; student {grid.student}; {grid.epochs} epochs of {stored_epochs(grid)} stored ones; "

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from benchmarks.command import Several, add_alpha_dbr, add_device, local_folder, pick_device, run, whole
 from benchmarks.completion import complete
 from benchmarks.footprint import epoch_pairs, fkd_bytes_per_pair, in_full_batches
+from benchmarks.grid import teacher_text
 from benchmarks.logit_codes import FIT_PAIRS, CodedBatches, LogitCode, LowRank, ProductCode, coded_bytes, predictions
 from benchmarks.results_io import (
     Picture,
@@ -165,9 +166,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def measure(options: argparse.Namespace) -> int:
     """Trains the students that are missing, prints the report and writes it; returns the exit status."""
-    first = open_dataset(options.datasets[0]).manifest
+    manifests = [open_dataset(path).manifest for path in options.datasets]
+    first = manifests[0]
     source = load_matching_source(first, name=options.dataset, data_dir=options.data_dir, test_dir=options.test_dir)
     _check_names(options.datasets)
+    _check_alike(options.datasets, manifests)
     _check_counts(options, len(first.dataset.class_names))
     tested_on = None if source.test is None else source.test.fingerprint()
     for path in options.datasets:  # all of them, before any student is trained
@@ -183,12 +186,12 @@ def measure(options: argparse.Namespace) -> int:
         "alpha_dbr": options.alpha_dbr,
         "teacher_top1": first.teacher.top1,
     }
+    teacher = teacher_text(first.teacher.architecture, (manifest.teacher.top1 for manifest in manifests))
     about = (
-        f"Students trained for {options.epochs} epochs; teacher {first.teacher.architecture}, top-1 "
-        f"{first.teacher.top1 or 0:.2%}. α_dbr {options.alpha_dbr:g} beside the KL of completed labels; codes train by "
-        "the KL alone. Bytes a pair are measured: records as stored (views, mixes and distances), with priors and "
-        "further classes in them, with codes beside them (without what their fit takes once); FKD-style stores for "
-        "soft labels and the top 5."
+        f"Students trained for {options.epochs} epochs; teacher {teacher}. α_dbr {options.alpha_dbr:g} beside the KL "
+        "of completed labels; codes train by the KL alone. Bytes a pair are measured: records as stored (views, mixes "
+        "and distances), with priors and further classes in them, with codes beside them (without what their fit "
+        "takes once); FKD-style stores for soft labels and the top 5."
     )
     write_report(
         options.results,
@@ -213,6 +216,28 @@ def _check_names(datasets: Sequence[Path]) -> None:
         other = seen.setdefault(path.name, path)
         if other is not path:
             raise ConfigError(f"DATASET: found {other} and {path}, expected folders of different names; rename one")
+
+
+def _check_alike(datasets: Sequence[Path], manifests: Sequence[Manifest]) -> None:
+    """Raises ConfigError for datasets that no mean over seeds can be taken of."""
+    first = manifests[0]
+    seeds: dict[int, Path] = {}
+    for path, manifest in zip(datasets, manifests, strict=True):
+        facts = (
+            (manifest.images.ipc, first.images.ipc, "{} images per class"),
+            (manifest.teacher.sha256, first.teacher.sha256, "a teacher of SHA-256 {:.16}"),
+            (manifest.records.epochs, first.records.epochs, "{} stored epochs"),
+        )
+        for found, expected, text in facts:
+            if found != expected:
+                raise ConfigError(
+                    f"{path}: {text.format(found)}, expected {text.format(expected)} as in {datasets[0]}; give "
+                    "datasets that differ in their seed only"
+                )
+        seed = manifest.records.seed
+        if seed in seeds:
+            raise ConfigError(f"{path}: seed {seed}, expected another than that of {seeds[seed]}; build it with --seed")
+        seeds[seed] = path
 
 
 def _check_counts(options: argparse.Namespace, classes: int) -> None:

@@ -34,6 +34,7 @@ from benchmarks.grid import (
     require_teacher,
     run_grid,
     stored_epochs,
+    teacher_text,
 )
 from benchmarks.results_io import Picture, circumstances_text, markdown_table, provenance, write_report
 from benchmarks.spread import gaps, interval, spread
@@ -274,7 +275,7 @@ def compare(grid: Grid, table: Table, choice: Choice) -> list[Row]:
 def report(grid: Grid, table: Table, rows: Sequence[Row]) -> str:
     """What was measured, as Markdown."""
     first = next(iter(table.values()))
-    teacher = f"{first.teacher}, top-1 {first.teacher_top1:.2%}" if first.teacher_top1 is not None else first.teacher
+    teacher = teacher_text(first.teacher, (result.teacher_top1 for result in table.values()))
     steps = f" with {grid.iterations} steps of refinement" if IMAGES[first.images].refined else ""
     intro = (
         f"{grid.dataset}, IPC {first.ipc}, {first.images} images{steps}, {first.labels} labels. Teacher {teacher}; "

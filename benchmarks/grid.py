@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +34,7 @@ from builders.job import has_bfloat16
 from builders.parent import end_with_parent
 from builders.pipeline import build
 from builders.sources import Source, load_source
+from builders.teacher import PREFLIGHT_IMAGES
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.errors import ConfigError
 from nrrdd_format.files import locked, make_folder
@@ -545,6 +546,18 @@ def loss_text(grid: Grid) -> str:
     """A sentence on the loss on completed labels, if there are any, for a report."""
     completed = [labels for labels in grid.labels if LABELS[labels].completes]
     return f" α_dbr {grid.alpha_dbr:g} beside the KL of {', '.join(completed)}." if completed else ""
+
+
+def teacher_text(architecture: str, tops: Iterable[float | None]) -> str:
+    """A teacher and its top-1, for a report: datasets that were built beside different test images state several."""
+    found = top1_range(tops)
+    return f"{architecture}, top-1 {found} on up to {PREFLIGHT_IMAGES:,} real images" if found else architecture
+
+
+def top1_range(tops: Iterable[float | None], form: Callable[[float], str] = "{:.2%}".format) -> str:
+    """The lowest and the highest top-1 of those that are known, once where all are the same; empty without any."""
+    known = sorted(top for top in tops if top is not None)
+    return " to ".join(dict.fromkeys(map(form, known[:1] + known[-1:])))
 
 
 def image_kind(method: dict[str, Any]) -> str | None:

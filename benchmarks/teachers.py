@@ -29,9 +29,10 @@ from benchmarks.accuracy import (
     top1,
 )
 from benchmarks.command import Several, run
-from benchmarks.grid import Grid, Table, loss_text, require_teacher, stored_epochs
+from benchmarks.grid import Grid, Table, loss_text, refinement_text, require_teacher, stored_epochs, top1_range
 from benchmarks.results_io import Picture, circumstances_text, markdown_table, provenance, write_report
 from builders.sources import load_source
+from builders.teacher import PREFLIGHT_IMAGES
 from nrrdd_format.errors import ConfigError, counted
 
 MODULE = "benchmarks.teachers"
@@ -54,10 +55,10 @@ class Taught:
         return f"{architecture}, {counted(json.loads(log.read_text())['epochs'], 'epoch')}"
 
     @property
-    def top1(self) -> float | None:
-        """The teacher's, in percent."""
-        found = next(iter(self.table.values())).teacher_top1
-        return None if found is None else 100 * found
+    def top1(self) -> str:
+        """The teacher's, in percent; a dash where it is not known."""
+        tops = (result.teacher_top1 for result in self.table.values())
+        return top1_range(tops, lambda top: f"{100 * top:.1f}") or "-"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,9 +115,10 @@ def report(taught: Sequence[Taught]) -> str:
     grid = taught[0].grid
     results = [result for each in taught for result in each.table.values()]
     parts = [
-        f"Student {grid.student}; {grid.epochs} epochs of {stored_epochs(grid)} stored ones; {grid.iterations} steps "
-        f"of refinement; {len(grid.seeds)} seeds. Top-1 in % on {results[0].test_images:,} real test images after the "
-        f"last epoch, mean ± standard deviation over seeds; (of n): over n of them.{loss_text(grid)}",
+        f"Student {grid.student}; {grid.epochs} epochs of {stored_epochs(grid)} stored ones; "
+        f"{refinement_text(grid)}; {len(grid.seeds)} seeds. Top-1 in % on {results[0].test_images:,} real test "
+        "images after the last epoch, mean ± standard deviation over seeds; (of n): over n of them; a teacher's on up "
+        f"to {PREFLIGHT_IMAGES:,}.{loss_text(grid)}",
         circumstances_text([result.made for result in results]),
         accuracy_table(taught),
     ]
@@ -170,8 +172,7 @@ def _rows(taught: Sequence[Taught]) -> Iterator[tuple[list[str], dict[str, dict[
         for images in grid.images:
             for each in taught:
                 tops = {labels: top1(each.grid, each.table, ipc, images, labels) for labels in grid.labels}
-                shown = "-" if each.top1 is None else f"{each.top1:.1f}"
-                yield [f"IPC {ipc}, {images}", each.name, shown], tops
+                yield [f"IPC {ipc}, {images}", each.name, each.top1], tops
 
 
 def plot(taught: Sequence[Taught]) -> Figure:
@@ -196,7 +197,7 @@ def _draw_panel(axis: Axes, taught: Sequence[Taught], ipc: int, images: str) -> 
         places = [group + (number - (len(labels_of) - 1) / 2) * width for group in range(len(taught))]
         error = [stdev(each) if len(each) > 1 else 0.0 for each in values]
         axis.bar(places, [mean(each) if each else 0.0 for each in values], width, yerr=error, capsize=2, label=labels)
-    names = [f"{each.name}\n{each.top1:.1f} %" if each.top1 is not None else each.name for each in taught]
+    names = [f"{each.name}\n{each.top1} %" for each in taught]
     axis.set_xticks(range(len(taught)), names, fontsize=7)
     axis.set_title(f"IPC {ipc}, {images} images")
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_checkpoint(root / "teacher.pt", create_model("conv2-w8", len(CLASSES), SIZE), "conv2-w8", CLASSES)
     data = make_tiny_dataset(root / "data", classes=len(CLASSES), size=SIZE, shards=1)
     manifest = Manifest.load(data / MANIFEST_NAME)
-    named = replace(manifest.teacher, architecture="conv2-w8", sha256=tiny_teacher(root).sha256)
+    named = replace(manifest.teacher, architecture="conv2-w8", sha256=tiny_teacher(root).sha256, top1=None)
     replace(manifest, teacher=named).save(data / MANIFEST_NAME)
     return root
 
@@ -145,7 +146,9 @@ def test_the_command_trains_every_kind_once_and_reports_it(
     assert main(options) == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == times
     assert result.with_suffix(".png").stat().st_size > 1000
-    assert "| completed, 1 further, priors" in result.with_suffix(".md").read_text()
+    page = result.with_suffix(".md").read_text()
+    assert "| completed, 1 further, priors" in page
+    assert "; teacher conv2-w8. α_dbr 0.5" in page  # its top-1 is not known
     shutil.copytree(folder / "test", tmp_path / "test")
     shutil.copy(folder / "train" / CLASSES[0] / "0.png", tmp_path / "test" / CLASSES[0] / "1.png")
     capsys.readouterr()
@@ -169,6 +172,29 @@ def test_the_command_trains_every_kind_once_and_reports_it(
     assert main([*options, "--alpha-dbr", "0"]) == 0  # nor is one with another loss, of those that have it
     assert len(list((tmp_path / "out").glob("*.json"))) == 2 * len(size) + 4
     assert len(list((tmp_path / "results").glob("*-accuracy-by-bytes-narrow.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("images", {"ipc": 7}, "7 images per class, expected "),
+        ("teacher", {"sha256": "ab" * 32}, "a teacher of SHA-256 abab"),
+        ("records", {"epochs": 99}, "99 stored epochs, expected 3"),
+        ("records", {}, "seed 0, expected another than that of "),
+    ],
+)
+def test_datasets_that_differ_in_more_than_their_seed_are_refused(
+    part: str, change: dict[str, object], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = Manifest.load(folder / "data" / MANIFEST_NAME)
+    (tmp_path / "other").mkdir()
+    changed: dict[str, Any] = {part: replace(getattr(manifest, part), **change)}
+    replace(manifest, **changed).save(tmp_path / "other" / MANIFEST_NAME)
+    start = (
+        f"--out {tmp_path}/out --dataset imagefolder --data-dir {folder}/train --priors 2 --further 0 --ranks --parts"
+    )
+    assert main([str(folder / "data"), str(tmp_path / "other"), *start.split()]) == 2
+    assert f"error: {tmp_path}/other: {message}" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

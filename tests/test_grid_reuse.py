@@ -18,7 +18,7 @@ import torch
 from grid_result import result_of
 from PIL import Image
 
-from benchmarks import accuracy
+from benchmarks import accuracy, teachers
 from benchmarks.grid import (
     LABELS,
     Cell,
@@ -205,6 +205,25 @@ def test_collecting_without_a_teacher_names_it(tmp_path: Path, capsys: pytest.Ca
     assert accuracy.main(["--dataset", "digits", "--out", str(tmp_path / "out"), "--collect"]) == 2
     error = capsys.readouterr().err
     assert f"--teacher-checkpoint: found no file {tmp_path / 'out' / 'teacher.pt'}" in error and error.count("\n") == 1
+
+
+def test_a_report_tells_every_top1_of_its_teacher(grid: Grid) -> None:
+    """Datasets built beside different test images name different ones."""
+    tops = zip(grid.cells(), (0.369, 0.358), strict=True)
+    table = {cell: replace(result_of(cell, 0.5), teacher_top1=top) for cell, top in tops}
+    assert accuracy.report(grid, table).startswith(
+        "Teacher conv2, top-1 35.80% to 36.90% on up to 1,000 real images; student conv2-w8"
+    )
+    assert teachers.Taught(grid=grid, table=table).top1 == "35.8 to 36.9"
+    cell = next(grid.cells())
+    for top1, told in ((0.5, "Teacher conv2, top-1 50.00% on"), (None, "Teacher conv2; student")):
+        assert accuracy.report(grid, {cell: replace(table[cell], teacher_top1=top1)}).startswith(told)
+
+
+def test_a_report_on_teachers_says_how_images_are_refined(grid: Grid) -> None:
+    table = {cell: result_of(cell, 0.5) for cell in grid.cells()}
+    taught = teachers.Taught(grid=replace(grid, precision="fp32", compile=True), table=table)
+    assert "; 1 steps of refinement (fp32, compiled); 1 seeds." in teachers.report([taught])
 
 
 def test_no_student_is_trained_beside_those_of_another_precision(grid: Grid) -> None:

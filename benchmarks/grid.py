@@ -25,7 +25,7 @@ import torch
 from benchmarks.completion import complete
 from benchmarks.footprint import Footprint, measure, soft_label_bytes
 from benchmarks.results_io import circumstances, refuse_other, write_json
-from benchmarks.student import Labels, StudentConfig, load_dataset_teacher, train_student
+from benchmarks.student import Labels, StudentConfig, check_student, load_dataset_teacher, train_student
 from benchmarks.teacher import TeacherConfig, summary, train_and_save
 from builders.compiled import compile_apart
 from builders.config import PATCH_OPTIONS, BuildConfig, Confidence, Init, Mask, Precision
@@ -254,9 +254,11 @@ def run_grid(grid: Grid, source: Source, cells: Iterable[Cell] | None = None, *,
     which small networks leave idle.
 
     Raises:
-        ConfigError: a cell's options do not go together, or results or datasets that are there were made with other
-            images or in another precision; no student is trained then.
+        ConfigError: there is no such network for students, a cell's options do not go together, or results or datasets
+            that are there were made with other images or in another precision; no student is trained then.
+        DataError: the source has no test images.
     """
+    check_student(grid.student, source)
     if grid.compile:
         compile_apart()
     ensure_teacher(grid, source)

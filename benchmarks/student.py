@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from builders.bounds import at_least, positive
 from builders.config import pair_teachers
 from builders.ensemble import JOINT, load_teachers
-from builders.image_sets import PLAIN, Columns, Place
+from builders.image_sets import PLAIN, Columns, ImageSet, Place
 from builders.import_fkd import UNKNOWN_SHA256, UNKNOWN_TEACHER
 from builders.models import create_model
 from builders.progress import Progress
@@ -157,8 +157,7 @@ def train_student(
     """
     manifest = open_dataset(dataset).manifest
     check_source(manifest, source)
-    if source.test is None:
-        raise DataError(f"{source.name}: no test images beside the training images; name their folder with --test-dir")
+    test = require_test(source)
     architecture = config.architecture or source.default_model
     batch_size = pick_batch_size(config.batch_size, manifest)
     terms = make_terms(config, manifest)
@@ -170,7 +169,7 @@ def train_student(
         seconds = time.perf_counter() - started
         mean, std = manifest.images.mean, manifest.images.std
         skipped: Skipped = []
-        known, predicted = predict(model, source.test, mean, std, device=config.device, on_skipped=skipped.extend)
+        known, predicted = predict(model, test, mean, std, device=config.device, on_skipped=skipped.extend)
     return StudentResult(
         top1=float((known == predicted).mean()),
         test_images=len(known),
@@ -180,6 +179,20 @@ def train_student(
         seconds=seconds,
         settings=_settings(config, architecture, batch_size),
     )
+
+
+def require_test(source: Source) -> ImageSet:
+    """The source's test images. Raises DataError: it has none."""
+    if source.test is None:
+        raise DataError(f"{source.name}: no test images beside the training images; name their folder with --test-dir")
+    return source.test
+
+
+def check_student(architecture: str, source: Source) -> None:
+    """Refuses what `train_student` would refuse only after the build of a dataset from that source; raises as it."""
+    require_test(source)
+    with _seeded(0):
+        create_model(architecture, len(source.class_names), source.size)
 
 
 def load_matching_source(

@@ -37,7 +37,7 @@ from benchmarks.results_io import circumstances, circumstances_text, write_json
 from benchmarks.teacher import TeacherConfig
 from builders.sources import load_source
 from loaders import CompletedDBRLoss
-from nrrdd_format.errors import ConfigError
+from nrrdd_format.errors import ConfigError, DataError
 
 ORIGIN = Origin(train="aaaa", test="bbbb")
 FACTS = ("train_fingerprint", "test_fingerprint", "precision", "made")
@@ -205,6 +205,17 @@ def test_collecting_without_a_teacher_names_it(tmp_path: Path, capsys: pytest.Ca
     assert accuracy.main(["--dataset", "digits", "--out", str(tmp_path / "out"), "--collect"]) == 2
     error = capsys.readouterr().err
     assert f"--teacher-checkpoint: found no file {tmp_path / 'out' / 'teacher.pt'}" in error and error.count("\n") == 1
+
+
+def test_a_student_that_cannot_be_trained_or_tested_is_refused_before_any_work(grid: Grid, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    source = load_source("digits", data_dir=None)
+    grid = replace(grid, teacher_checkpoint=tmp_path / "none.pt")
+    with pytest.raises(ConfigError, match="nosuch"):
+        run_grid(replace(grid, student="nosuch"), source)
+    with pytest.raises(DataError, match="--test-dir"):
+        run_grid(grid, replace(source, test=None))
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher.pt"]
 
 
 def test_a_report_tells_every_top1_of_its_teacher(grid: Grid) -> None:

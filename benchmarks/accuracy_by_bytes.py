@@ -21,7 +21,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.command import Several, add_alpha_dbr, add_device, local_folder, pick_device, run, whole
-from benchmarks.completion import complete
+from benchmarks.completion import check_completed, complete
 from benchmarks.footprint import epoch_pairs, fkd_bytes_per_pair, in_full_batches
 from benchmarks.grid import teacher_text
 from benchmarks.logit_codes import FIT_PAIRS, CodedBatches, LogitCode, LowRank, ProductCode, coded_bytes, predictions
@@ -317,25 +317,8 @@ def _completed(options: argparse.Namespace, kind: Kind, path: Path, teacher: Tea
     copy: Path = options.out / f"{path.name}-priors{priors or 0}-further{kind.further}"
     if not copy.exists():
         return complete(path, teacher, priors=priors, further=further, out=copy, device=device)
-    if not _is_completed_from(copy, path):
-        raise ConfigError(f"{copy}: was completed from another dataset than {path}; choose another --out")
+    check_completed(copy, path)
     return copy
-
-
-def _is_completed_from(copy: Path, path: Path) -> bool:
-    """Whether a completed dataset has the images of the one at `path`, and its manifest but for what was added."""
-    with open_dataset(copy) as completed, open_dataset(path) as source:
-        if _bare(completed.manifest).dataset_id != _bare(source.manifest).dataset_id:
-            return False
-        if len(completed.shards) != len(source.shards):
-            return False
-        pairs = zip(completed.shards, source.shards, strict=True)
-        return all(list(new.encoded_images()) == list(old.encoded_images()) for new, old in pairs)
-
-
-def _bare(manifest: Manifest) -> Manifest:
-    """A manifest without what completing changes."""
-    return replace(manifest, records=replace(manifest.records, priors=None, further=None), shards=())
 
 
 def _train(

@@ -15,6 +15,7 @@ from builders.teacher import Teacher
 from nrrdd_format.copies import new_folder
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.decoding import decode_image
+from nrrdd_format.errors import ConfigError
 from nrrdd_format.manifest import CODEC_EXTENSIONS, MANIFEST_NAME, Manifest
 from nrrdd_format.pairs import PairRecords, RecordLayout, draw_pairs
 from nrrdd_format.priors import Priors, choose_priors
@@ -44,6 +45,25 @@ def complete(path: Path, teacher: Teacher, *, priors: int | None, further: int |
         )
         replace(manifest, shards=entries).save(folder / MANIFEST_NAME)
     return out
+
+
+def check_completed(copy: Path, path: Path) -> None:
+    """Refuses a completed dataset whose images, or manifest but for what was added, are not those of the one at `path`.
+
+    Raises:
+        ConfigError: it was completed from another.
+    """
+    with open_dataset(copy) as completed, open_dataset(path) as source:
+        same = _bare(completed.manifest).dataset_id == _bare(source.manifest).dataset_id
+        shards = zip(completed.shards, source.shards, strict=False)
+        same &= len(completed.shards) == len(source.shards)
+        if not same or any(list(new.encoded_images()) != list(old.encoded_images()) for new, old in shards):
+            raise ConfigError(f"{copy}: was completed from another dataset than {path}; choose another --out")
+
+
+def _bare(manifest: Manifest) -> Manifest:
+    """A manifest without what completing changes."""
+    return replace(manifest, records=replace(manifest.records, priors=None, further=None), shards=())
 
 
 class _Completion:

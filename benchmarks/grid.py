@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.completion import complete
+from benchmarks.completion import check_completed, complete
 from benchmarks.footprint import Footprint, measure, soft_label_bytes
 from benchmarks.results_io import circumstances, refuse_other, write_json
 from benchmarks.student import Labels, StudentConfig, check_student, load_dataset_teacher, train_student
@@ -454,13 +454,18 @@ def _refined_in(manifest: Manifest) -> str | None:
 
 
 def labelled_dataset(grid: Grid, cell: Cell, origin: Origin) -> Path:
-    """The same as the cell's student sees it: completed where its labels are. Raises as `built_dataset`."""
+    """The same as the cell's student sees it: completed where its labels are.
+
+    Raises as `built_dataset`, and ConfigError where it is there, completed from another dataset.
+    """
     built, labelled = built_dataset(grid, cell, origin), labelled_path(grid, cell)
     if not labelled.is_dir():
         manifest = Manifest.load(built / MANIFEST_NAME)
         kind = LABELS[cell.labels].within(len(manifest.dataset.class_names))
         teacher = load_dataset_teacher(manifest, grid.teacher_checkpoint, grid.device)
         complete(built, teacher, priors=kind.priors, further=kind.further, out=labelled, device=grid.device)
+    elif labelled != built:
+        check_completed(labelled, built)
     return labelled
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from grid_result import result_of
+from make_dataset import make_tiny_dataset
 from PIL import Image
 
 from benchmarks import accuracy, teachers
@@ -26,6 +28,9 @@ from benchmarks.grid import (
     Origin,
     build_config,
     cell_path,
+    dataset_path,
+    labelled_dataset,
+    labelled_path,
     loss_text,
     precision,
     read_cells,
@@ -38,6 +43,7 @@ from benchmarks.teacher import TeacherConfig
 from builders.sources import load_source
 from loaders import CompletedDBRLoss
 from nrrdd_format.errors import ConfigError, DataError
+from nrrdd_format.manifest import MANIFEST_NAME, Manifest
 
 ORIGIN = Origin(train="aaaa", test="bbbb")
 FACTS = ("train_fingerprint", "test_fingerprint", "precision", "made")
@@ -205,6 +211,23 @@ def test_collecting_without_a_teacher_names_it(tmp_path: Path, capsys: pytest.Ca
     assert accuracy.main(["--dataset", "digits", "--out", str(tmp_path / "out"), "--collect"]) == 2
     error = capsys.readouterr().err
     assert f"--teacher-checkpoint: found no file {tmp_path / 'out' / 'teacher.pt'}" in error and error.count("\n") == 1
+
+
+def test_a_completed_copy_of_another_dataset_is_refused(grid: Grid) -> None:
+    cell = Cell(ipc=1, images="nrr+lr", labels="dbr-further1", seed=0)
+    built, copy = dataset_path(grid, cell), labelled_path(grid, cell)
+    make_tiny_dataset(built)
+    manifest = Manifest.load(built / MANIFEST_NAME)
+    replace(manifest, method={"refinement": {"iterations": 1}}).save(built / MANIFEST_NAME)
+    shutil.copytree(built, copy)
+    assert labelled_dataset(grid, cell, ORIGIN) == copy
+    shutil.rmtree(built)
+    make_tiny_dataset(built, seed=1)
+    other = Manifest.load(built / MANIFEST_NAME)
+    replace(other, method={"refinement": {"iterations": 1}}).save(built / MANIFEST_NAME)
+    with pytest.raises(ConfigError, match="completed from another dataset than") as caught:
+        labelled_dataset(grid, cell, ORIGIN)
+    assert str(caught.value).startswith(f"{copy}: ")
 
 
 def test_a_student_that_cannot_be_trained_or_tested_is_refused_before_any_work(grid: Grid, tmp_path: Path) -> None:

@@ -76,8 +76,9 @@ IMAGES = {
 }
 """Kinds of images by name; the part before `+` is what refinement starts from, where that is not the default.
 
-`rded` keeps the patches of highest confidence, `discovery` those of the lowest, as the paper does: so
-`discovery+nrr+lr` is the paper's whole method, `nrr+lr` this project's. `noise+all-pixels` starts and refines as SRe2L.
+`rded` keeps the patches of highest confidence (RDED itself: crops and patches of the least cross-entropy to their
+class), `discovery` those of the lowest, as the paper does: so `discovery+nrr+lr` is the paper's whole method, `nrr+lr`
+this project's. `noise+all-pixels` starts and refines as SRe2L.
 """
 
 

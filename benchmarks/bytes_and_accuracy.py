@@ -118,6 +118,7 @@ def _build_facts(manifest: Manifest) -> Cell:
         "teacher": manifest.teacher.architecture,
         "teacher_top1": manifest.teacher.top1,
         "stored_epochs": manifest.records.epochs,
+        "build": {},  # nothing but what its kind of images is
     }
 
 

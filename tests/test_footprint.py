@@ -316,6 +316,7 @@ def test_top1_joins_the_bytes_of_the_images_it_was_measured_on(tmp_path: Path, m
         {"teacher": "another"},
         {"teacher_top1": 0.123},
         {"stored_epochs": 9},
+        {"build": {"epsilon": 0.1}},
     ]
     cells += [cell | size | {"labels": "dbr", "top1": 0.9} | other for other in others]
     cells[0] |= {"iterations": 5}

@@ -23,6 +23,7 @@ from nrrdd_format.remote import place_of, without_secrets
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_OPTION_AND_VALUE = re.compile(r"([^=/?]*=)?(.*)", re.DOTALL)
 PACKAGES = ("nrrdd", "torch", "torchvision", "numpy", "pillow", "simplejpeg", "zstandard")
 
 
@@ -76,7 +77,9 @@ def command_line(module: str, arguments: Sequence[str]) -> str:
 
 
 def _published(argument: str) -> str:
-    start, value = re.fullmatch(r"([^=/?]*=)?(.*)", argument, re.DOTALL).groups("")  # type: ignore[union-attr]
+    match = _OPTION_AND_VALUE.fullmatch(argument)
+    assert match is not None
+    start, value = match.groups("")
     url = isinstance(place_of(value), str)
     path = Path(urlsplit(value).path if url and value.lower().startswith("file:") else value)
     return f"{start}…/{path.name}" if path.is_absolute() else shlex.quote(start + without_secrets(value))

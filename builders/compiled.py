@@ -26,6 +26,22 @@ def compiled(function: Callable[P, R], wanted: bool) -> Callable[P, R]:
     return torch.compile(function, fullgraph=True, dynamic=False) if wanted else function
 
 
+@contextmanager
+def in_one_order(wanted: bool) -> Iterator[None]:
+    """If `wanted`, compiled code with several threads adds up what belongs to one place in the same order every time.
+
+    It is compiled, called and followed back inside: otherwise the sums of a gradient come in any order.
+    """
+    if not wanted or torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def compile_apart() -> None:
     """From here on this process's temporary files lie in a folder of its own, which goes when it ends.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from builders.batchnorm import BatchNormLoss
-from builders.compiled import compiled
+from builders.compiled import compiled, in_one_order
 from builders.config import RefinementSettings
 from builders.discovery import Eyes
 from builders.graphs import Graphed, Outputs
@@ -48,7 +48,9 @@ class Passes:
     def mixed(self, pixels: Tensor, targets: Tensor, mixes: Mixes) -> tuple[Tensor, dict[str, Tensor]]:
         """The gradient of α_lr·L_lr, and the term."""
         drawn = (mixes.view, mixes.flip, mixes.aug, mixes.is_cutmix, mixes.box, mixes.lam)
-        gradient, loss = self._graphed(self._mixed, pixels, targets, *drawn)
+        # On a GPU the gradient of a view comes in any order, compiled or not.
+        with in_one_order(self.settings.compile and pixels.device.type == "cpu"):
+            gradient, loss = self._graphed(self._mixed, pixels, targets, *drawn)
         return gradient, {"lr": loss}
 
     def _unmixed(self, pixels: Tensor, targets: Tensor) -> Outputs:

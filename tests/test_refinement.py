@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from builders import refinement
 from builders.batchnorm import BatchNormLoss, batch_statistics
 from builders.cam import ClassActivation
-from builders.compiled import compile_errors, compiled
+from builders.compiled import compile_errors, compiled, in_one_order
 from builders.config import LabelRefinement, RefinementSettings
 from builders.discovery import Eyes
 from builders.job import has_bfloat16
@@ -36,7 +36,7 @@ from builders.refinement import (
 )
 from nrrdd_format.codebooks import MixTable, mix_codebook, view_codebook
 from nrrdd_format.errors import ConfigError, TeacherError
-from nrrdd_format.replay import apply_views
+from nrrdd_format.replay import apply_views, mix
 
 SETTINGS = RefinementSettings(
     iterations=12,
@@ -486,6 +486,44 @@ def test_compiled_steps_are_those_that_are_not_and_compiled_once(eyes: Eyes, fre
     first, again = (_refine_batch(fast, 6, batch=2).images for _ in range(2))
     assert _graphs() == PASSES_AND_STEP
     np.testing.assert_array_equal(first, again)
+
+
+@needs_compiler
+def test_a_compiled_gradient_is_the_same_every_time(fresh_compiler: None) -> None:
+    """With several threads, too, and where an image stands in many pairs: a build gives the same bytes again."""
+    generator = torch.Generator().manual_seed(0)
+    views = torch.randn(100, 3, 32, 32, generator=generator, requires_grad=True)
+    org, aug = torch.arange(100), torch.randint(0, 10, (100,), generator=generator)
+    weights = torch.randn(100, 3, 32, 32, generator=generator) * 10 ** torch.randn(100, 1, 1, 1, generator=generator)
+    mixup = torch.zeros(100, dtype=torch.bool), torch.zeros(100, 4, dtype=torch.int64), torch.full((100,), 0.5)
+    fast, threads = compiled(mix, True), torch.get_num_threads()
+    gradients: list[torch.Tensor] = []
+    torch.set_num_threads(2)
+    try:
+        with in_one_order(True):
+            for _ in range(50):
+                gradients += torch.autograd.grad((fast(views, org, aug, *mixup) * weights).sum(), views)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
+def test_the_compiled_pass_of_mixed_images_sums_in_one_order(eyes: Eyes, monkeypatch: pytest.MonkeyPatch) -> None:
+    orders: list[bool] = []
+
+    def recorded(function: Callable[..., Any], wanted: bool) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            orders.append(torch.are_deterministic_algorithms_enabled())
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr("builders.passes.compiled", recorded)
+    images, labels = _initial()
+    for compile in (False, True):
+        _gradient(Passes(eyes, replace(SETTINGS, compile=compile)), eyes.see(images), torch.from_numpy(labels), 0)
+    assert orders == [False, False, False, True]  # of each, the pass of the images as they are comes first
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_what_cannot_be_compiled_as_a_whole_is_refused_in_one_line(fresh_compiler: None) -> None:

@@ -32,7 +32,7 @@ from benchmarks.plain_recover import recover
 from benchmarks.results_io import markdown_table, provenance, write_report
 from benchmarks.wide_build import untrained, write_images
 from builders.cam import ClassActivation
-from builders.config import DiscoverySettings, RefinementSettings
+from builders.config import BuildConfig, DiscoverySettings, RefinementSettings
 from builders.cores import usable_cores
 from builders.discovery import Eyes, class_groups, discover_groups
 from builders.folders import list_classes
@@ -59,7 +59,9 @@ IMAGENET_CLASSES = 1000
 IPCS = (10, 50, 200)
 MEGABYTE = 1e6
 SOURCE_CLASSES = 10
-DISCOVERY = DiscoverySettings(ipc=1, beta=4, init="cidd", confidence="highest", crop_score="sum")
+DISCOVERY = DiscoverySettings(
+    ipc=1, beta=4, init=BuildConfig.init, confidence=BuildConfig.confidence, crop_score=BuildConfig.crop_score
+)
 """A build's default ones, for one distilled image."""
 Precision = Literal["fp32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")

@@ -330,12 +330,11 @@ def _train(
             labels=kind.labels,
             architecture=options.student,
             epochs=options.epochs,
+            alpha_dbr=weight,
             teacher_checkpoint=options.teacher_checkpoint if StudentConfig.needs_teacher(kind.labels) else None,
             seed=dataset.manifest.records.seed,
             device=pick_device(options.device),
         )
-        if weight is not None:
-            config = replace(config, alpha_dbr=weight)
         size = _stored_bytes(kind, dataset)
         if kind.rank or kind.parts:
             code, added = _fit_code(kind, dataset, teacher, config)

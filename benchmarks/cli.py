@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import add_alpha_dbr, add_columns, add_device, add_source, pick_device, run
+from benchmarks.command import add_columns, add_device, add_source, number, pick_device, run
 from benchmarks.dataset_verbs import add_dataset_verbs
 from benchmarks.exchange_verbs import add_exchange_verbs
 from benchmarks.verbs import Verb, add_dataset, add_verb
@@ -159,6 +159,7 @@ def run_student(options: argparse.Namespace) -> int:
         epochs=options.epochs,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
+        alpha_sce=options.alpha_sce,
         radius=options.radius,
         sce=options.sce,
         distance=options.distance,
@@ -281,7 +282,15 @@ def _add_loss(group: argparse._ArgumentGroup) -> None:
         metavar="T",
         help="of soft and completed labels: temperature of the KL (1; RDED: 20)",
     )
-    add_alpha_dbr(group)
+    group.add_argument(
+        "--alpha-sce", type=number(0), default=1.0, metavar="A", help="of dbr: weight of the bounded cross-entropy (1)"
+    )
+    group.add_argument(
+        "--alpha-dbr",
+        type=number(0),
+        metavar="A",
+        help="of dbr and completed labels: weight of the distances' error (dbr: 1; completed: 0.5, divided by T²)",
+    )
 
 
 def _add_preview(parser: argparse.ArgumentParser) -> None:

@@ -98,6 +98,7 @@ CHOICES = {
             option="sce",
             values=("sample", "batch", "target", "entropy"),
         ),
+        Choice(title="α_sce", of="student", option="alpha_sce", values=(0.0, 0.2, 0.5, 1.0, 3.0)),
         Choice(title="radius r", of="student", option="radius", values=(0.1, 0.3, 0.4, 0.5, 0.7)),
         Choice(title="error of a distance", of="student", option="distance", values=("l1", "huber", "squared")),
         Choice(
@@ -106,7 +107,7 @@ CHOICES = {
             option="soft_temperature",
             values=(1.0, 2.0, 4.0, 8.0, 20.0),
         ),
-        Choice(title="α_dbr of completed labels", of="student", option="alpha_dbr", values=(0.0, 0.2, 0.5, 1.0, 3.0)),
+        Choice(title="α_dbr", of="student", option="alpha_dbr", values=(0.0, 0.2, 0.5, 1.0, 3.0)),
         Choice(title="pairs in a batch of the student", of="student", option="batch_size", values=(10, 25, 50, 100)),
         Choice(title="epochs of the student", of="student", option="epochs", values=(100, 300, 1000, 3000)),
     )

@@ -25,7 +25,7 @@ import torch
 from benchmarks.completion import check_completed, complete
 from benchmarks.footprint import Footprint, measure, soft_label_bytes
 from benchmarks.results_io import circumstances, refuse_other, write_json
-from benchmarks.student import Labels, StudentConfig, check_student, load_dataset_teacher, train_student
+from benchmarks.student import ALPHA_DBR, Labels, StudentConfig, check_student, load_dataset_teacher, train_student
 from benchmarks.teacher import TeacherConfig, summary, train_and_save
 from builders.compiled import compile_apart
 from builders.config import PATCH_OPTIONS, BuildConfig, Confidence, Init, Mask, Precision
@@ -155,7 +155,7 @@ class Grid:
     """Of refinement."""
     compile: bool = BuildConfig.compile
     """Whether refinement runs through torch.compile."""
-    alpha_dbr: float = StudentConfig.alpha_dbr
+    alpha_dbr: float = ALPHA_DBR["dbr-completed"]
     """Of students on completed labels."""
     device: str = "cpu"
 
@@ -400,7 +400,7 @@ def run_cell(grid: Grid, cell: Cell, source: Source, origin: Origin) -> Result:
         bytes_soft_labels=soft,
         clipped_share=student.clipped_share,
         seconds=student.seconds,
-        alpha_dbr=config.alpha_dbr if LABELS[cell.labels].completes else None,
+        alpha_dbr=config.distances_weight if LABELS[cell.labels].completes else None,
         train_fingerprint=origin.train,
         test_fingerprint=origin.test,
         precision=_refined_in(manifest),
@@ -534,7 +534,7 @@ def student_config(grid: Grid, cell: Cell) -> StudentConfig:
     config = StudentConfig(
         labels=kind.labels,
         soft_temperature=kind.soft_temperature,
-        alpha_dbr=grid.alpha_dbr if kind.completes else StudentConfig.alpha_dbr,
+        alpha_dbr=grid.alpha_dbr if kind.completes else ALPHA_DBR.get(kind.labels),
         architecture=grid.student,
         epochs=grid.epochs,
         teacher_checkpoint=grid.teacher_checkpoint if StudentConfig.needs_teacher(kind.labels) else None,

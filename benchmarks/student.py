@@ -52,12 +52,15 @@ BatchTerms = Callable[[Tensor, DBRBatch], dict[str, Tensor]]
 _OWN_TEACHER = "name the dataset's own teacher with --teacher-checkpoint"
 
 LABELS_OF_OPTION: dict[str, tuple[Labels, ...]] = {
-    **dict.fromkeys(("radius", "sce", "distance"), ("dbr",)),
+    **dict.fromkeys(("alpha_sce", "radius", "sce", "distance"), ("dbr",)),
     "soft_temperature": ("soft", "soft-top5", "dbr-completed"),
-    "alpha_dbr": ("dbr-completed",),
+    "alpha_dbr": ("dbr", "dbr-completed"),
     "teacher_checkpoint": ("soft", "soft-top5"),
 }
 """Options that only some kinds of labels have a use for."""
+
+ALPHA_DBR: dict[Labels, float] = {"dbr": 1.0, "dbr-completed": 0.5}
+"""Weights of the distances' error unless another is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +74,16 @@ class StudentConfig:
     """Pairs a step; by default 10, 50 or 100 for up to 1, up to 10, or more images per class."""
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
+    alpha_sce: float = 1.0
+    """Of the DBR loss: weight of the bounded cross-entropy. AdamW divides a factor of both weights away."""
     radius: float = 0.4
     """Of the DBR loss: cross-entropy below it costs nothing."""
     sce: Sce = "sample"
     distance: Distance = "l1"
     soft_temperature: float = 1.0
     """Of both softmaxes of the KL to soft or completed labels; RDED uses 20."""
-    alpha_dbr: float = 0.5
-    """Of completed labels: weight of the distances' error beside the KL."""
+    alpha_dbr: float | None = None
+    """Weight of the distances' error, in the DBR loss or beside the KL of completed labels; None: `ALPHA_DBR`."""
     teacher_checkpoint: Path | tuple[Path, ...] | None = None
     """The dataset's teacher, for soft labels; one file for each member of an ensemble, in the manifest's order."""
     seed: int = 0
@@ -88,7 +93,9 @@ class StudentConfig:
         positive("--epochs", self.epochs)
         positive("--learning-rate", self.learning_rate)
         positive("--soft-temperature", self.soft_temperature)
-        at_least("--alpha-dbr", self.alpha_dbr, 0)
+        at_least("--alpha-sce", self.alpha_sce, 0)
+        if self.alpha_dbr is not None:
+            at_least("--alpha-dbr", self.alpha_dbr, 0)
         if self.batch_size is not None:
             positive("--batch-size", self.batch_size)
         for name, labels in LABELS_OF_OPTION.items():
@@ -97,6 +104,11 @@ class StudentConfig:
                     f"--{name.replace('_', '-')}: found with --labels {self.labels}, expected with "
                     f"{' or '.join(labels)} only; leave the option out"
                 )
+
+    @property
+    def distances_weight(self) -> float:
+        """alpha_dbr as resolved; 0 for labels that tell no distances."""
+        return ALPHA_DBR.get(self.labels, 0.0) if self.alpha_dbr is None else self.alpha_dbr
 
     @staticmethod
     def needs_teacher(labels: Labels) -> bool:
@@ -274,13 +286,20 @@ def make_terms(config: StudentConfig, manifest: Manifest) -> BatchTerms:
     """The loss for the labels asked for."""
     temperature = manifest.records.temperature
     if config.labels == "dbr":
-        return DBRLoss(radius=config.radius, sce=config.sce, distance=config.distance, temperature=temperature).terms
+        return DBRLoss(
+            alpha_sce=config.alpha_sce,
+            alpha_dbr=config.distances_weight,
+            radius=config.radius,
+            sce=config.sce,
+            distance=config.distance,
+            temperature=temperature,
+        ).terms
     if config.labels in ("soft", "soft-top5"):
         return _soft_terms(load_dataset_teacher(manifest, config.teacher_checkpoint, config.device), config)
     losses = {
         "compact": CompactLoss(temperature=temperature),
         "dbr-completed": CompletedDBRLoss(
-            temperature=temperature, soft_temperature=config.soft_temperature, alpha_dbr=config.alpha_dbr
+            temperature=temperature, soft_temperature=config.soft_temperature, alpha_dbr=config.distances_weight
         ),
         "one-hot": OneHotLoss(),
     }
@@ -403,6 +422,7 @@ def _train_epoch(
 
 def _settings(config: StudentConfig, architecture: str, batch_size: int) -> dict[str, Any]:
     resolved = asdict(config) | {"architecture": architecture, "batch_size": batch_size}
+    resolved["alpha_dbr"] = config.distances_weight
     files = config.teacher_checkpoint
     resolved["teacher_checkpoint"] = [str(file) for file in files] if isinstance(files, tuple) else files and str(files)
     return resolved

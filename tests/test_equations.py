@@ -22,6 +22,8 @@ from builders.config import BuildConfig
 RECIPE = ("batch-size", "epochs")
 """Choices of every student."""
 
+DBR_LOSS = ("alpha-sce", "alpha-dbr", "sce", "radius", "distance")
+
 
 @pytest.fixture
 def grid(tmp_path: Path) -> Grid:
@@ -59,7 +61,7 @@ def test_initial_images_without_patches_are_built_without_options_of_patches(gri
 
 
 def test_choices_among_patches_are_left_out_where_images_come_from_none() -> None:
-    every = set(CHOICES.values()) - {CHOICES["soft-temperature"], CHOICES["alpha-dbr"]}  # DBR has none
+    every = set(CHOICES.values()) - {CHOICES["soft-temperature"]}  # DBR has none
     assert set(choices_for("nrr+lr", "dbr")) == every
     assert CHOICES["soft-temperature"] in choices_for("nrr+lr", "dbr-further3")
     assert every - set(choices_for("real+nrr+lr", "dbr")) == {CHOICES["confidence"], CHOICES["crop-score"]}
@@ -68,7 +70,7 @@ def test_choices_among_patches_are_left_out_where_images_come_from_none() -> Non
 @pytest.mark.parametrize(
     ("images", "labels", "expected"),
     [
-        ("random-real", "dbr", {"init", "temperature", "view-scale", "sce", "radius", "distance", *RECIPE}),
+        ("random-real", "dbr", {"init", "temperature", "view-scale", *DBR_LOSS, *RECIPE}),
         ("random-real", "soft", {"init", "view-scale", "soft-temperature", *RECIPE}),
         ("random-real", "compact", {"init", "temperature", "view-scale", *RECIPE}),
         ("rded", "one-hot", {"confidence", "crop-score", "init", "view-scale", *RECIPE}),
@@ -84,7 +86,6 @@ def test_choices_of_a_part_that_is_off_are_left_out() -> None:
         "label_refinement",
         "label_refinement_views",
         "soft_temperature",
-        "alpha_dbr",
     }
     masked = {"epsilon", "cam_every"}
     assert not masked & {choice.option for choice in choices_for("real+all-pixels", "dbr")}

@@ -28,6 +28,7 @@ from benchmarks.student import (
 from builders.models import create_model
 from builders.sources import Source
 from builders.teacher import load_teacher, save_checkpoint
+from loaders import CompletedDBRLoss, DBRLoss
 from nrrdd_format.dataset import open_dataset
 from nrrdd_format.errors import ConfigError, DataError, TeacherError
 from nrrdd_format.manifest import MANIFEST_NAME, Manifest
@@ -152,9 +153,12 @@ def test_options_of_the_losses_have_an_effect(folder: Path, source: Source) -> N
         return train_student(folder / "data", source, replace(TINY, **changes)).loss  # type: ignore[arg-type]
 
     soft = {"labels": "soft", "teacher_checkpoint": folder / "teacher.pt"}
-    assert len({loss(), loss(radius=1.5), loss(sce="entropy"), loss(distance="squared")}) == 4
+    changed = [loss(), loss(radius=1.5), loss(sce="entropy"), loss(distance="squared"), loss(alpha_sce=0.5)]
+    assert len({*changed, loss(alpha_dbr=0.5)}) == 6
     assert loss(**soft) != loss(**soft, soft_temperature=20.0)
     assert loss(labels="dbr-completed") != loss(labels="dbr-completed", alpha_dbr=0.0)
+    assert loss(alpha_dbr=DBRLoss().alpha_dbr) == loss()
+    assert loss(labels="dbr-completed", alpha_dbr=CompletedDBRLoss().alpha_dbr) == loss(labels="dbr-completed")
     assert loss(batch_size=4) != loss()
 
 
@@ -238,6 +242,7 @@ def test_a_source_of_another_size_is_refused(folder: Path, source: Source) -> No
         lambda: replace(TINY, learning_rate=math.inf),
         lambda: replace(TINY, soft_temperature=-1.0),
         lambda: replace(TINY, alpha_dbr=-0.1),
+        lambda: replace(TINY, alpha_sce=-0.1),
         lambda: replace(TINY, batch_size=0),
     ],
 )
@@ -253,7 +258,8 @@ def test_settings_that_cannot_work_are_refused(make: Callable[[], StudentConfig]
         ("compact", "sce", "batch"),
         ("dbr-completed", "distance", "huber"),
         ("dbr", "soft_temperature", 20.0),
-        ("dbr", "alpha_dbr", 0.25),
+        ("compact", "alpha_dbr", 0.25),
+        ("dbr-completed", "alpha_sce", 0.25),
         ("dbr", "teacher_checkpoint", Path("teacher.pt")),
     ],
 )

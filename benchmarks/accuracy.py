@@ -77,6 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_grid(parser)
+    parser.add_argument("--student", metavar="ARCH", help="the students' network (the dataset's default)")
     parser.add_argument("--teacher", metavar="ARCH", help="the network to train as teacher (the dataset's default)")
     parser.add_argument("--teacher-epochs", type=whole(1), metavar="N", help="of its training (preset's)")
     parser.add_argument("--teacher-checkpoint", type=Path, metavar="FILE", help="a trained teacher (OUT/teacher.pt)")
@@ -84,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_grid(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of a grid, but the teacher's."""
+    """Adds the options of a grid, but those of its networks."""
     add_source(parser, default="digits")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="keeps teacher, datasets and results")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"for the report ({RESULTS})")
@@ -119,7 +120,6 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
         default=["one-hot", "compact", "dbr", "soft"],
         help=f"of {', '.join(LABELS)} (one-hot compact dbr soft)",
     )
-    parser.add_argument("--student", metavar="ARCH", help="the students' network (the dataset's default)")
     add_alpha_dbr(parser)
     parser.add_argument(
         "--processes",

@@ -1,8 +1,9 @@
-"""Top-1 of students by the teacher that labels their images: its network, and how long it was trained.
+"""Top-1 of students by the teacher that labels their images, how long it was trained, and both networks.
 
 `python -m benchmarks.teachers --teacher-checkpoint 3.pt 20.pt … --out DIR` runs the grid of `benchmarks.accuracy` once
 for each teacher (`nrrdd teacher`), in the same resumable way: the teacher crops, refines, labels and, for soft labels,
-is asked by the student.
+is asked by the student. With several `--student` networks it does so for each: a distilled dataset should serve other
+networks than its teacher's (the paper's Table 3).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -31,6 +33,7 @@ from benchmarks.accuracy import (
 from benchmarks.command import Several, run
 from benchmarks.grid import Grid, Table, loss_text, refinement_text, require_teacher, stored_epochs, top1_range
 from benchmarks.results_io import Picture, circumstances_text, markdown_table, provenance, write_report
+from benchmarks.student import check_student
 from builders.sources import load_source
 from builders.teacher import PREFLIGHT_IMAGES
 from nrrdd_format.errors import ConfigError, counted
@@ -40,7 +43,7 @@ MODULE = "benchmarks.teachers"
 
 @dataclass(frozen=True, kw_only=True)
 class Taught:
-    """One teacher, and the students of its grid (at least one)."""
+    """One teacher, one network, and the students of their grid (at least one)."""
 
     grid: Grid
     table: Table
@@ -71,25 +74,31 @@ def make_parser() -> argparse.ArgumentParser:
     """The command's parser."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {MODULE}",
-        description="Measure students' top-1 by the teacher, the kind of images and the kind of labels.",
-        epilog=f"example:\n  python -m {MODULE} --dataset digits --teacher-checkpoint short.pt long.pt --out teachers",
+        description="Measure students' top-1 by teacher, by their own network, and by kinds of images and labels.",
+        epilog=f"examples:\n  python -m {MODULE} --dataset digits --teacher-checkpoint short.pt long.pt --out out\n"
+        f"  python -m {MODULE} --dataset digits --teacher-checkpoint conv2.pt resnet18.pt \\\n"
+        "      --student conv2 resnet18-small mobilenet_v2 --images nrr+lr --out architectures",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_grid(parser)
     parser.add_argument(
         "--teacher-checkpoint", type=Path, action=Several, required=True, metavar="FILE", help="trained teachers"
     )
+    parser.add_argument("--student", action=Several, metavar="ARCH", help="students' networks (the dataset's default)")
     return parser
 
 
 def measure_teachers(options: Namespace) -> int:
-    """Runs a grid for every teacher, prints the report and writes it; returns the exit status."""
+    """Runs a grid for every network and teacher, prints the report and writes it; returns the exit status."""
     source = load_source(options.source, data_dir=options.data_dir, test_dir=options.test_dir)
+    students = options.student or [source.default_model]
     for checkpoint in options.teacher_checkpoint:  # all, before hours are spent with the first
         require_teacher(checkpoint)
+    for student in students:
+        check_student(student, source)
     taught = []
-    for checkpoint in options.teacher_checkpoint:
-        alone = {"teacher_checkpoint": checkpoint, "teacher": None, "teacher_epochs": None}
+    for student, checkpoint in product(students, options.teacher_checkpoint):
+        alone = {"student": student, "teacher_checkpoint": checkpoint, "teacher": None, "teacher_epochs": None}
         grid = make_grid(Namespace(**vars(options) | alone), source)
         if table := run_or_collect(grid, source, options):
             taught.append(Taught(grid=grid, table=table))
@@ -103,7 +112,7 @@ def measure_teachers(options: Namespace) -> int:
         f"teachers-{name}",
         provenance(MODULE, seeds=taught[0].grid.seeds),
         {"cells": [asdict(result) for each in taught for result in each.table.values()]},
-        title=f"Teachers of students on {name}",
+        title=f"Teachers and students on {name}",
         text=text,
         pictures=[Picture("top-1", plot(taught))],
     )
@@ -115,14 +124,14 @@ def report(taught: Sequence[Taught]) -> str:
     grid = taught[0].grid
     results = [result for each in taught for result in each.table.values()]
     parts = [
-        f"Student {grid.student}; {grid.epochs} epochs of {stored_epochs(grid)} stored ones; "
+        f"Students of {grid.epochs} epochs of {stored_epochs(grid)} stored ones; "
         f"{refinement_text(grid)}; {len(grid.seeds)} seeds. Top-1 in % on {results[0].test_images:,} real test "
         "images after the last epoch, mean ± standard deviation over seeds; (of n): over n of them; a teacher's on up "
         f"to {PREFLIGHT_IMAGES:,}.{loss_text(grid)}",
         circumstances_text([result.made for result in results]),
         accuracy_table(taught),
     ]
-    if len(taught) > 1:
+    if any(each.grid.teacher_checkpoint != grid.teacher_checkpoint for each in taught):
         parts += [
             f"Against the first teacher ({taught[0].name}), seed by seed, in points: mean and its 95 % interval.",
             difference_table(taught),
@@ -133,50 +142,54 @@ def report(taught: Sequence[Taught]) -> str:
 
 
 def accuracy_table(taught: Sequence[Taught]) -> str:
-    """Top-1 by images and teacher (rows) and labels (columns)."""
+    """Top-1 by images, student and teacher (rows) and labels (columns)."""
     grid = taught[0].grid
     rows = [
-        [*start, *(spread_of(tops[labels], len(grid.seeds)) for labels in grid.labels)] for start, tops in _rows(taught)
+        [*start, *(spread_of(tops[labels], len(grid.seeds)) for labels in grid.labels)]
+        for _, start, tops in _rows(taught)
     ]
     return markdown_table([*START, *grid.labels], rows)
 
 
 def difference_table(taught: Sequence[Taught]) -> str:
-    """What each teacher but the first changes, by images and teacher (rows) and labels (columns)."""
-    lines, grid = list(_rows(taught)), taught[0].grid
+    """What each teacher but the first changes, by images, student and teacher (rows) and labels (columns)."""
+    grid = taught[0].grid
+    first: dict[tuple[str, str], dict[str, dict[int, float]]] = {}  # top-1 by the first teacher: images and student
     rows = []
-    for number, (start, tops) in enumerate(lines):
-        of_images = number - number % len(taught)
-        if number > of_images:
-            rows.append([*start, *(paired(lines[of_images][1][labels], tops[labels]) for labels in grid.labels)])
+    for each, start, tops in _rows(taught):
+        of = start[0], each.grid.student
+        if each.grid.teacher_checkpoint == grid.teacher_checkpoint:
+            first[of] = tops
+        elif of in first:
+            rows.append([*start, *(paired(first[of][labels], tops[labels]) for labels in grid.labels)])
     return markdown_table([*START, *grid.labels], rows)
 
 
 def recovery_table(taught: Sequence[Taught]) -> str:
-    """By images and teacher (rows) and labels (columns): how much of what soft labels gain over one-hot they gain."""
+    """The share of soft labels' gain over one-hot: images, student and teacher (rows), labels (columns)."""
     between = [labels for labels in taught[0].grid.labels if labels not in ("one-hot", "soft")]
     rows = [
         [*start, *(recovery(tops["one-hot"], tops[labels], tops["soft"]) for labels in between)]
-        for start, tops in _rows(taught)
+        for _, start, tops in _rows(taught)
     ]
     return markdown_table([*START, *between], rows)
 
 
-START = ("images", "teacher", "its top-1")
+START = ("images", "student", "teacher", "its top-1")
 
 
-def _rows(taught: Sequence[Taught]) -> Iterator[tuple[list[str], dict[str, dict[int, float]]]]:
-    """For each kind of images and each teacher: what begins the line, and by labels and seed the top-1 in percent."""
+def _rows(taught: Sequence[Taught]) -> Iterator[tuple[Taught, list[str], dict[str, dict[int, float]]]]:
+    """For each kind of images and each grid: what begins the line, and by labels and seed the top-1 in percent."""
     grid = taught[0].grid
     for ipc in grid.ipcs:
         for images in grid.images:
             for each in taught:
                 tops = {labels: top1(each.grid, each.table, ipc, images, labels) for labels in grid.labels}
-                yield [f"IPC {ipc}, {images}", each.name, each.top1], tops
+                yield each, [f"IPC {ipc}, {images}", each.grid.student, each.name, each.top1], tops
 
 
 def plot(taught: Sequence[Taught]) -> Figure:
-    """A panel for each kind of images, a group of bars for each teacher."""
+    """A panel for each kind of images, a group of bars for each student's network and teacher."""
     grid = taught[0].grid
     panels = [(ipc, images) for ipc in grid.ipcs for images in grid.images]
     width = max(4.0, 1.6 * len(taught))
@@ -197,7 +210,7 @@ def _draw_panel(axis: Axes, taught: Sequence[Taught], ipc: int, images: str) -> 
         places = [group + (number - (len(labels_of) - 1) / 2) * width for group in range(len(taught))]
         error = [stdev(each) if len(each) > 1 else 0.0 for each in values]
         axis.bar(places, [mean(each) if each else 0.0 for each in values], width, yerr=error, capsize=2, label=labels)
-    names = [f"{each.name}\n{each.top1} %" for each in taught]
+    names = [f"{each.name}\n{each.top1} %\n→ {each.grid.student}" for each in taught]
     axis.set_xticks(range(len(taught)), names, fontsize=7)
     axis.set_title(f"IPC {ipc}, {images} images")
 

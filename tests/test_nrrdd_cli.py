@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -423,9 +424,17 @@ def test_teachers_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (page,) = (tmp_path / "results").glob("*-teachers-digits.md")
     lines = [line for line in page.read_text().splitlines() if line.startswith("| IPC 1, random-real")]
     one, three = "conv2-w8, 1 epoch", "conv2-w8, 3 epochs"
-    assert [line.split("|")[2].strip() for line in lines] == [one, three, three, one, three]  # top-1, gains, recovery
+    assert [line.split("|")[3].strip() for line in lines] == [one, three, three, one, three]  # top-1, gains, recovery
     assert len(list((tmp_path / "out" / "cells").iterdir())) == 6
     assert page.with_suffix(".png").stat().st_size > 10_000
+    assert teachers.main([*command, "--student", "conv2-w8", "conv1-w8"]) == 0  # the teachers' own network, and another
+    lines = [line for line in page.read_text().splitlines() if line.startswith("| IPC 1, random-real")]
+    of = [tuple(cell.strip() for cell in line.split("|")[2:4]) for line in lines[:6]]
+    both = ("conv2-w8", "conv1-w8")
+    assert of == [*product(both, (one, three)), *product(both, (three,))]  # top-1, gains
+    assert len(list((tmp_path / "out" / "datasets").iterdir())) == 2  # students share them
+    assert teachers.main([*command, "--student", "conv2-w8", "conv9000"]) == 2
+    assert "conv9000" in capsys.readouterr().err
     assert teachers.main([*command, f"{tmp_path}/none.pt"]) == 2
     assert f"found no file {tmp_path}/none.pt" in capsys.readouterr().err
 

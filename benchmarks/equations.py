@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +41,7 @@ from benchmarks.spread import gaps, interval, spread
 from benchmarks.student import LABELS_OF_OPTION
 from benchmarks.teacher import TeacherConfig
 from builders.config import PATCH_OPTIONS, idle_options
-from builders.sources import load_source
+from builders.sources import Source, load_source
 from nrrdd_format.errors import ConfigError
 
 MODULE = "benchmarks.equations"
@@ -129,11 +129,6 @@ def make_parser() -> argparse.ArgumentParser:
         "      --teacher-checkpoint cifar10-teacher.pt --seeds 0 1 2 --out equations",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_source(parser, default="digits")
-    parser.add_argument("--teacher-checkpoint", type=Path, required=True, metavar="FILE", help="a trained teacher")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="keeps datasets and results")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"for the report ({RESULTS})")
-    parser.add_argument("--name", metavar="NAME", help="of the report's files (the dataset's and the images')")
     parser.add_argument(
         "--choices",
         action=Several,
@@ -141,10 +136,20 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="OPTION",
         help=f"of {', '.join(CHOICES)} (all that matter for the images)",
     )
-    parser.add_argument(
-        "--images", choices=tuple(IMAGES), default="nrr+lr", metavar="KIND", help="that choices vary (nrr+lr)"
-    )
     parser.add_argument("--labels", choices=tuple(LABELS), default="dbr", metavar="KIND", help="of the students (dbr)")
+    add_alpha_dbr(parser)
+    add_base(parser)
+    return parser
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of what is varied: images, their teacher and how students are trained."""
+    add_source(parser, default="digits")
+    parser.add_argument("--teacher-checkpoint", type=Path, required=True, metavar="FILE", help="a trained teacher")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="keeps datasets and results")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"for the report ({RESULTS})")
+    parser.add_argument("--name", metavar="NAME", help="of the report's files (the dataset's and the images')")
+    parser.add_argument("--images", choices=tuple(IMAGES), default="nrr+lr", metavar="KIND", help="(nrr+lr)")
     parser.add_argument("--ipc", type=whole(1), default=10, metavar="N", help="images per class (10)")
     parser.add_argument("--epochs", type=whole(1), default=300, metavar="N", help="of training (300)")
     parser.add_argument(
@@ -152,35 +157,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--iterations", type=whole(0), default=500, metavar="N", help="of refinement (500)")
     parser.add_argument("--student", metavar="ARCH", help="the students' network (the dataset's default)")
-    add_alpha_dbr(parser)
     parser.add_argument("--seeds", type=whole(0), action=Several, default=[0, 1, 2], metavar="N", help="(0 1 2)")
     parser.add_argument("--collect", action="store_true", help="run nothing: report on the cells that OUT holds")
     add_device(parser)
-    return parser
 
 
 def measure_equations(options: argparse.Namespace) -> int:
     """Runs the students, prints the report and writes it; returns the exit status."""
     require_teacher(options.teacher_checkpoint)
     source = load_source(options.source, data_dir=options.data_dir, test_dir=options.test_dir)
-    grid = Grid(
-        dataset=options.source,
-        data_dir=options.data_dir,
-        test_dir=options.test_dir,
-        out=options.out,
-        teacher_checkpoint=options.teacher_checkpoint,
-        teacher=TeacherConfig(),
-        ipcs=(options.ipc,),
-        images=(options.images,),
-        labels=(options.labels,),
-        seeds=tuple(options.seeds),
-        student=options.student or source.default_model,
-        epochs=options.epochs,
-        stored_epochs=options.stored_epochs,
-        iterations=options.iterations,
-        alpha_dbr=options.alpha_dbr,
-        device=pick_device(options.device),
-    )
+    grid = replace(make_grid(options, source, labels=options.labels), alpha_dbr=options.alpha_dbr)
     choices = (
         choices_for(options.images, options.labels)
         if options.choices is None
@@ -204,6 +190,27 @@ def measure_equations(options: argparse.Namespace) -> int:
         pictures=[Picture("differences", plot(rows))],
     )
     return 0
+
+
+def make_grid(options: argparse.Namespace, source: Source, *, labels: str) -> Grid:
+    """The grid whose cells are varied, with the loss's default weights."""
+    return Grid(
+        dataset=options.source,
+        data_dir=options.data_dir,
+        test_dir=options.test_dir,
+        out=options.out,
+        teacher_checkpoint=options.teacher_checkpoint,
+        teacher=TeacherConfig(),
+        ipcs=(options.ipc,),
+        images=(options.images,),
+        labels=(labels,),
+        seeds=tuple(options.seeds),
+        student=options.student or source.default_model,
+        epochs=options.epochs,
+        stored_epochs=options.stored_epochs,
+        iterations=options.iterations,
+        device=pick_device(options.device),
+    )
 
 
 def choices_for(images: str, labels: str) -> list[Choice]:
@@ -275,13 +282,8 @@ def compare(grid: Grid, table: Table, choice: Choice) -> list[Row]:
 
 def report(grid: Grid, table: Table, rows: Sequence[Row]) -> str:
     """What was measured, as Markdown."""
-    first = next(iter(table.values()))
-    teacher = teacher_text(first.teacher, (result.teacher_top1 for result in table.values()))
-    steps = f" with {grid.iterations} steps of refinement" if IMAGES[first.images].refined else ""
     intro = (
-        f"{grid.dataset}, IPC {first.ipc}, {first.images} images{steps}, {first.labels} labels. Teacher {teacher}; "
-        f"student {grid.student}; {grid.epochs} epochs of {stored_epochs(grid)} stored ones; tested on "
-        f"{first.test_images:,} real images after the last epoch. One choice at a time differs from the base. Top-1 "
+        f"{setting_text(grid, table)} One choice at a time differs from the base. Top-1 "
         "in %, mean ± standard deviation over seeds; differences from the base are paired by seed, in points, with "
         f"the 95 % interval of their mean.{loss_text(grid)}"
     )
@@ -297,6 +299,18 @@ def report(grid: Grid, table: Table, rows: Sequence[Row]) -> str:
     ]
     made = circumstances_text([result.made for result in table.values()])
     return f"{intro}\n\n{made}\n\n{markdown_table(['choice', 'value', 'top-1 %', 'against the base', 'seeds'], lines)}"
+
+
+def setting_text(grid: Grid, table: Table) -> str:
+    """What images, labels and networks the students had, for a report."""
+    first = next(iter(table.values()))
+    teacher = teacher_text(first.teacher, (result.teacher_top1 for result in table.values()))
+    steps = f" with {grid.iterations} steps of refinement" if IMAGES[first.images].refined else ""
+    return (
+        f"{grid.dataset}, IPC {first.ipc}, {first.images} images{steps}, {first.labels} labels. Teacher {teacher}; "
+        f"student {grid.student}; {grid.epochs} epochs of {stored_epochs(grid)} stored ones; tested on "
+        f"{first.test_images:,} real images after the last epoch."
+    )
 
 
 def plot(rows: Sequence[Row]) -> Figure:

@@ -11,9 +11,9 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from grid_result import result_of
 
-from benchmarks import equations, pair_mass
+from benchmarks import cli, equations, pair_mass, scale_factors
 from benchmarks.equations import CHOICES, all_cells, choices_for, compare
-from benchmarks.grid import Cell, Grid, build_config, cell_path, student_config
+from benchmarks.grid import Cell, Grid, Table, build_config, cell_path, student_config
 from benchmarks.results_io import write_json
 from benchmarks.student import LABELS_OF_OPTION, StudentConfig
 from benchmarks.teacher import TeacherConfig
@@ -184,3 +184,42 @@ def test_a_missing_teacher_is_not_trained_but_named(
     assert command(["--dataset", "digits", "--teacher-checkpoint", str(missing), "--out", str(tmp_path / "out")]) == 2
     assert f"--teacher-checkpoint: found no file {missing}" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_scale_factors_of_one_ratio_are_set_side_by_side(grid: Grid) -> None:
+    """What AdamW cannot tell apart; missing students are left out of both tables."""
+    table: Table = {}
+    for weights, tops in {(1.0, 1.0): (40, 50), (5.0, 5.0): (42, 52), (0.2, 1.0): (45, 47), (1.0, 5.0): (45,)}.items():
+        cells = scale_factors.cells_at(grid, weights)
+        table |= {cell: result_of(cell, top / 100) for cell, top in zip(cells, tops, strict=False)}
+    found = scale_factors.top1_by_weights(grid, table)
+    lines = [line.replace(" ", "").strip("|").split("|") for line in scale_factors.ratio_table(found).splitlines()[2:]]
+    assert lines == [["1", "2", "46.00±7.07"], ["5", "2", "46.00±1.41", "+0.00±50.82"]]
+    assert "| α_sce 0.2 |" in scale_factors.weights_table(found)
+    assert "45.00" in scale_factors.weights_table(found)
+
+
+def test_the_default_weights_are_the_base(grid: Grid) -> None:
+    paths = {cell_path(grid, cell) for weights in scale_factors.EVERY for cell in scale_factors.cells_at(grid, weights)}
+    assert len(paths) == 25 * 2 and {cell_path(grid, base) for base in grid.cells()} < paths
+
+
+@pytest.mark.slow
+def test_scale_factors_from_the_command_line(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(scale_factors, "FACTORS", (0.2, 1.0))
+    monkeypatch.setattr(scale_factors, "EVERY", ((1.0, 1.0), (0.2, 0.2), (0.2, 1.0), (1.0, 0.2)))
+    made = f"teacher --dataset digits --architecture conv2-w8 --epochs 1 --device cpu --out {tmp_path}/small.pt"
+    assert cli.main(made.split()) == 0
+    command = (
+        f"--dataset digits --teacher-checkpoint {tmp_path}/small.pt --out {tmp_path}/out --results {tmp_path}/results "
+        "--ipc 1 --epochs 2 --images random-real --student conv2-w8 --seeds 0 --device cpu"
+    ).split()
+    assert scale_factors.main([*command, "--collect"]) == 2
+    assert "holds no such student" in capsys.readouterr().err
+    assert scale_factors.main(command) == 0
+    (page,) = (tmp_path / "results").glob("*-scale-factors-digits-random-real.md")
+    assert "| α_sce 0.2 |" in page.read_text() and page.with_suffix(".png").stat().st_size > 10_000
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 4

@@ -100,10 +100,7 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
         "--stored-epochs", type=whole(1), metavar="N", help="in a dataset; fewer are repeated (--epochs)"
     )
     parser.add_argument("--iterations", type=whole(0), metavar="N", help="of refinement (preset's)")
-    parser.add_argument(
-        "--precision", choices=get_args(Precision), default="auto", help="of refinement, as in build-distilled (auto)"
-    )
-    parser.add_argument("--compile", action="store_true", help="refine through torch.compile, as in build-distilled")
+    add_refinement(parser)
     parser.add_argument(
         "--images",
         action=Several,
@@ -130,6 +127,14 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--collect", action="store_true", help="run nothing: report on the cells that OUT holds")
     add_device(parser)
+
+
+def add_refinement(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of how refinement runs."""
+    parser.add_argument(
+        "--precision", choices=get_args(Precision), default="auto", help="of refinement, as in build-distilled (auto)"
+    )
+    parser.add_argument("--compile", action="store_true", help="refine through torch.compile, as in build-distilled")
 
 
 def measure_accuracy(options: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks.accuracy import add_refinement
 from benchmarks.command import Several, add_alpha_dbr, add_device, add_source, pick_device, run, whole
 from benchmarks.grid import (
     IMAGES,
@@ -31,6 +32,7 @@ from benchmarks.grid import (
     precision,
     read_cell,
     read_cells,
+    refinement_text,
     require_teacher,
     run_grid,
     stored_epochs,
@@ -156,6 +158,7 @@ def add_base(parser: argparse.ArgumentParser) -> None:
         "--stored-epochs", type=whole(1), metavar="N", help="in a dataset; fewer are repeated (--epochs)"
     )
     parser.add_argument("--iterations", type=whole(0), default=500, metavar="N", help="of refinement (500)")
+    add_refinement(parser)
     parser.add_argument("--student", metavar="ARCH", help="the students' network (the dataset's default)")
     parser.add_argument("--seeds", type=whole(0), action=Several, default=[0, 1, 2], metavar="N", help="(0 1 2)")
     parser.add_argument("--collect", action="store_true", help="run nothing: report on the cells that OUT holds")
@@ -209,6 +212,8 @@ def make_grid(options: argparse.Namespace, source: Source, *, labels: str) -> Gr
         epochs=options.epochs,
         stored_epochs=options.stored_epochs,
         iterations=options.iterations,
+        precision=options.precision,
+        compile=options.compile,
         device=pick_device(options.device),
     )
 
@@ -305,7 +310,7 @@ def setting_text(grid: Grid, table: Table) -> str:
     """What images, labels and networks the students had, for a report."""
     first = next(iter(table.values()))
     teacher = teacher_text(first.teacher, (result.teacher_top1 for result in table.values()))
-    steps = f" with {grid.iterations} steps of refinement" if IMAGES[first.images].refined else ""
+    steps = f" with {refinement_text(grid)}" if IMAGES[first.images].refined else ""
     return (
         f"{grid.dataset}, IPC {first.ipc}, {first.images} images{steps}, {first.labels} labels. Teacher {teacher}; "
         f"student {grid.student}; {grid.epochs} epochs of {stored_epochs(grid)} stored ones; tested on "

@@ -39,7 +39,7 @@ from benchmarks.spread import interval, spread
 from benchmarks.teacher import TeacherConfig
 from builders.config import Precision
 from builders.sources import Source, load_source
-from nrrdd_format.errors import ConfigError
+from nrrdd_format.errors import ConfigError, counted
 
 MODULE = "benchmarks.accuracy"
 RESULTS = Path("benchmarks") / "results"
@@ -202,7 +202,7 @@ def report(grid: Grid, table: Table) -> str:
     return "\n\n".join(
         [
             f"Teacher {teacher}; student {grid.student}; {grid.epochs} epochs of {stored_epochs(grid)} stored ones; "
-            f"{refinement_text(grid)}; {len(grid.seeds)} seeds. Top-1 in % on {first.test_images:,} real "
+            f"{refinement_text(grid)}; {counted(len(grid.seeds), 'seed')}. Top-1 in % on {first.test_images:,} real "
             f"test images after the last epoch, mean ± standard deviation over seeds.{loss_text(grid)}"
             f"{_gaps(grid, table)}",
             circumstances_text([result.made for result in table.values()]),

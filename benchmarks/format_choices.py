@@ -36,7 +36,7 @@ from loaders import DBRBatch, DBRLoader
 from loaders.order import EpochOrder, ShardPairs, stored_epoch
 from nrrdd_format.codebooks import distance_levels, quantize
 from nrrdd_format.dataset import open_dataset
-from nrrdd_format.errors import ConfigError
+from nrrdd_format.errors import ConfigError, counted
 from nrrdd_format.files import atomic_write
 from nrrdd_format.manifest import Manifest
 from nrrdd_format.shards import file_sha256
@@ -340,8 +340,8 @@ def report(setup: Setup, results: Sequence[Result]) -> str:
     header = ["variant", "top-1 %", "against the first", "bytes an image", "label bytes a pair"]
     intro = (
         f"{setup.ipc} whole random real images per class of {setup.dataset}, student {setup.student} on DBR labels, "
-        f"{setup.epochs} epochs, {len(setup.seeds)} seeds. Mean ± standard deviation; differences are paired by seed, "
-        "in points, with the 95 % interval of their mean."
+        f"{setup.epochs} epochs, {counted(len(setup.seeds), 'seed')}. Mean ± standard deviation; differences are "
+        "paired by seed, in points, with the 95 % interval of their mean."
     )
     return f"{intro}\n\n{markdown_table(header, rows)}"
 

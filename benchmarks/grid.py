@@ -36,7 +36,7 @@ from builders.pipeline import build
 from builders.sources import Source, load_source
 from builders.teacher import PREFLIGHT_IMAGES
 from nrrdd_format.dataset import open_dataset
-from nrrdd_format.errors import ConfigError
+from nrrdd_format.errors import ConfigError, counted
 from nrrdd_format.files import locked, make_folder
 from nrrdd_format.manifest import MANIFEST_NAME, Manifest
 from nrrdd_format.shards import file_sha256
@@ -547,7 +547,7 @@ def student_config(grid: Grid, cell: Cell) -> StudentConfig:
 def refinement_text(grid: Grid) -> str:
     """How images are refined, for a report."""
     ways = ([] if grid.precision == "auto" else [grid.precision]) + (["compiled"] if grid.compile else [])
-    return f"{grid.iterations} steps of refinement" + (f" ({', '.join(ways)})" if ways else "")
+    return f"{counted(grid.iterations, 'step')} of refinement" + (f" ({', '.join(ways)})" if ways else "")
 
 
 def loss_text(grid: Grid) -> str:

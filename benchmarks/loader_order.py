@@ -31,7 +31,7 @@ from builders.sources import Source
 from loaders import DBRBatch, DBRLoader, order
 from nrrdd_format import draws
 from nrrdd_format.dataset import open_dataset
-from nrrdd_format.errors import ConfigError
+from nrrdd_format.errors import ConfigError, counted
 
 MODULE = "benchmarks.loader_order"
 RESULTS = Path("benchmarks") / "results"
@@ -123,7 +123,7 @@ def report(options: argparse.Namespace) -> int:
     text = (
         f"{sum(shards)} pairs an epoch in {len(shards)} shards of up to {max(shards)}, cycles of "
         f"{manifest.records.cycle}; {options.epochs} epochs; DBR labels; top-1 in %, mean ± standard deviation over "
-        f"{len(options.seeds)} seeds; differences with their 95 % interval.\n\n{table(rows)}"
+        f"{counted(len(options.seeds), 'seed')}; differences with their 95 % interval.\n\n{table(rows)}"
     )
     print(f"\n{text}")
     write_report(

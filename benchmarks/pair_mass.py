@@ -28,6 +28,7 @@ from benchmarks.teacher import TeacherConfig
 from builders.sources import load_source
 from builders.teacher import Teacher
 from loaders import DBRBatch, DBRLoader, completed_labels
+from nrrdd_format.errors import counted
 from nrrdd_format.manifest import MANIFEST_NAME, Manifest
 
 MODULE = "benchmarks.pair_mass"
@@ -70,7 +71,7 @@ class Measured:
         if not self.iterations:
             return self.images
         weight = f", α_lr {self.alpha_lr:g}" if self.alpha_lr else ""
-        return f"{self.images}, {self.iterations} steps{weight}"
+        return f"{self.images}, {counted(self.iterations, 'step')}{weight}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

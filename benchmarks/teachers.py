@@ -124,9 +124,9 @@ def report(taught: Sequence[Taught]) -> str:
     grid = taught[0].grid
     results = [result for each in taught for result in each.table.values()]
     parts = [
-        f"Students of {grid.epochs} epochs of {stored_epochs(grid)} stored ones; "
-        f"{refinement_text(grid)}; {len(grid.seeds)} seeds. Top-1 in % on {results[0].test_images:,} real test "
-        "images after the last epoch, mean ± standard deviation over seeds; (of n): over n of them; a teacher's on up "
+        f"Students of {grid.epochs} epochs of {stored_epochs(grid)} stored ones; {refinement_text(grid)}; "
+        f"{counted(len(grid.seeds), 'seed')}. Top-1 in % on {results[0].test_images:,} real test images after "
+        "the last epoch, mean ± standard deviation over seeds; (of n): over n of them; a teacher's on up "
         f"to {PREFLIGHT_IMAGES:,}.{loss_text(grid)}",
         circumstances_text([result.made for result in results]),
         accuracy_table(taught),

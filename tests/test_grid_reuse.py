@@ -120,7 +120,7 @@ def test_how_refinement_runs_tells_refined_images_apart_and_no_others(grid: Grid
     assert build_config(fast, rded) == build_config(grid, rded)
     assert cell_path(fast, rded) == cell_path(grid, rded)
     texts = [refinement_text(each) for each in (grid, fast)]
-    assert texts == ["1 steps of refinement", "1 steps of refinement (bf16, compiled)"]
+    assert texts == ["1 step of refinement", "1 step of refinement (bf16, compiled)"]
 
 
 def test_precisions_are_not_mixed(grid: Grid) -> None:
@@ -257,7 +257,7 @@ def test_a_report_tells_every_top1_of_its_teacher(grid: Grid) -> None:
 def test_a_report_on_teachers_says_how_images_are_refined(grid: Grid) -> None:
     table = {cell: result_of(cell, 0.5) for cell in grid.cells()}
     taught = teachers.Taught(grid=replace(grid, precision="fp32", compile=True), table=table)
-    assert "; 1 steps of refinement (fp32, compiled); 1 seeds." in teachers.report([taught])
+    assert "; 1 step of refinement (fp32, compiled); 1 seed." in teachers.report([taught])
 
 
 def test_no_student_is_trained_beside_those_of_another_precision(grid: Grid) -> None:

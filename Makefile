@@ -3,7 +3,8 @@
 # make lint    ruff and mypy
 # make test-oldest   the tests on the oldest supported versions (.ci/oldest-versions.txt)
 # make gpu     what only a GPU can show: its tests, speed, and students of the paper's size; hours, and started again it
-#              goes on. CIFAR10= and TINY= say where the images lie; gpu-tests, gpu-speed, gpu-cifar10, gpu-tiny are its parts
+#              goes on. CIFAR10= and TINY= say where the images lie; gpu-tests, gpu-speed, gpu-cifar10, gpu-tiny and
+#              gpu-ablations are its parts
 # make clean   remove what builds, tools and the demo left; make distclean: the virtual environments too
 # Every target makes the virtual environment it needs, and again when setup.cfg or pyproject.toml has changed.
 
@@ -19,7 +20,7 @@ COVERAGE := --cov --cov-report=term
 # Two makes at once must not install into one environment; the second finds the work done.
 LOCKED = $(if $(shell command -v flock),flock .venv.lock) $(MAKE) --no-print-directory --silent
 
-.PHONY: demo test lint test-oldest gpu gpu-tests gpu-speed gpu-cifar10 gpu-tiny clean distclean .venv .venv-oldest
+.PHONY: demo test lint test-oldest gpu gpu-tests gpu-speed gpu-cifar10 gpu-tiny gpu-ablations clean distclean .venv .venv-oldest
 
 demo: .venv
 	@$(BIN)/python -m benchmarks.demo --out $(DEMO)
@@ -35,7 +36,7 @@ lint: .venv
 test-oldest: .venv-oldest
 	@.venv-oldest/bin/python $(PYTEST)
 
-gpu: gpu-tests gpu-speed gpu-cifar10 gpu-tiny
+gpu: gpu-tests gpu-speed gpu-cifar10 gpu-tiny gpu-ablations
 # Also with -j: they share the GPU, and gpu-speed measures it.
 .NOTPARALLEL: gpu
 
@@ -70,6 +71,25 @@ gpu-tiny: .venv
 	$(BIN)/python -m benchmarks.accuracy --dataset tiny-imagenet --data-dir $(TINY) --teacher-checkpoint $(GPU)/tiny.pt \
 		--student resnet18-small $(STUDENTS) --compile --ipc 10 50 --out $(GPU)/tiny --name tiny-imagenet-gpu \
 		--labels one-hot compact dbr dbr-priors99 dbr-further1-priors99 dbr-further3-priors99 fkd-top5 soft soft-t20
+
+# The paper's ablations, on training images held out: its Tables 3 (networks), 5 to 9 (ε, r, the loss's weights, L_bn, confidence).
+HELD_OUT := $(GPU)/cifar10-held-out
+ABLATION = --dataset cifar10 --data-dir $(HELD_OUT) --seeds 0 1 2 --iterations 2000 --device cuda --compile --out $(GPU)/ablations
+OF_RESNET = $(ABLATION) --teacher-checkpoint $(GPU)/held-out-resnet18-small.pt --student resnet18-small
+
+gpu-ablations: .venv
+	test -d $(HELD_OUT) || $(BIN)/python -m benchmarks.hold_out --data-dir $(CIFAR10) --out $(HELD_OUT)
+	for network in resnet18-small conv3 mobilenet_v2 efficientnet_b0; do \
+		$(BIN)/nrrdd teacher --dataset cifar10 --data-dir $(HELD_OUT) --architecture $$network $(TEACHER) --out $(GPU)/held-out-$$network.pt || exit; \
+	done
+	$(BIN)/python -m benchmarks.equations $(OF_RESNET) --labels dbr --choices epsilon radius alpha-bn confidence init mask --name ablations-dbr
+	for images in rded nrr+lr; do \
+		$(BIN)/python -m benchmarks.equations $(OF_RESNET) --labels soft-t20 --images $$images --choices confidence init --name ablations-$$images || exit; \
+	done
+	$(BIN)/python -m benchmarks.scale_factors $(OF_RESNET) --name ablations
+	$(BIN)/python -m benchmarks.teachers $(ABLATION) --preset full --ipc 10 --images rded nrr+lr --labels one-hot dbr dbr-further3 soft-t20 --processes 3 \
+		--teacher-checkpoint $(patsubst %,$(GPU)/held-out-%.pt,resnet18-small conv3 mobilenet_v2 efficientnet_b0) \
+		--student resnet18-small conv3 mobilenet_v2 efficientnet_b0 --name ablations-networks
 
 .venv:
 	@$(LOCKED) .venv/.installed

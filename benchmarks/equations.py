@@ -81,7 +81,7 @@ CHOICES = {
         Choice(title="activation in a crop", of="build", option="crop_score", values=("sum", "mean")),
         Choice(title="initial images", of="build", option="init", values=("cidd", "real")),
         Choice(title="mask", of="build", option="mask", values=("non-critical", "binary", "all")),
-        Choice(title="ε of the mask", of="build", option="epsilon", values=(0.1, 0.3, 0.5, 0.7, 0.9)),
+        Choice(title="ε of the mask", of="build", option="epsilon", values=(0.1, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9)),
         Choice(title="steps between activation maps (0: one map)", of="build", option="cam_every", values=(0, 50)),
         Choice(title="α_bn", of="build", option="alpha_bn", values=(0.0, 0.001, 0.01, 0.1, 1.0)),
         Choice(title="α_lr", of="build", option="alpha_lr", values=(0.0, 0.3, 1.0, 3.0, 10.0)),
@@ -101,7 +101,7 @@ CHOICES = {
             values=("sample", "batch", "target", "entropy"),
         ),
         Choice(title="α_sce", of="student", option="alpha_sce", values=(0.0, 0.2, 0.5, 1.0, 3.0)),
-        Choice(title="radius r", of="student", option="radius", values=(0.1, 0.3, 0.4, 0.5, 0.7)),
+        Choice(title="radius r", of="student", option="radius", values=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)),
         Choice(title="error of a distance", of="student", option="distance", values=("l1", "huber", "squared")),
         Choice(
             title="temperature of soft and completed labels",

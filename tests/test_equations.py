@@ -149,8 +149,6 @@ def test_the_precision_that_the_base_takes_is_the_base(grid: Grid, made_in: str 
 @pytest.mark.slow
 def test_the_benchmark_from_its_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
-    from benchmarks import cli
-
     teacher, out, results = tmp_path / "teacher.pt", tmp_path / "out", tmp_path / "results"
     assert cli.main(f"teacher --dataset digits --architecture conv2-w8 --epochs 3 --out {teacher}".split()) == 0
     command = (
@@ -161,10 +159,10 @@ def test_the_benchmark_from_its_command_line(tmp_path: Path, capsys: pytest.Capt
     assert "no student of the base" in capsys.readouterr().err
     assert equations.main(command) == 0
     printed = capsys.readouterr().out
-    assert "[18/18]" in printed and "0.5 (base)" in printed
+    assert "[26/26]" in printed and "0.5 (base)" in printed
     (record,) = results.glob("*.json")
     read = json.loads(record.read_text())
-    assert len(read["cells"]) == 18 and len(read["rows"]) == 10
+    assert len(read["cells"]) == 26 and len(read["rows"]) == 14
     assert {path.suffix for path in results.iterdir()} == {".json", ".md", ".png"}
     assert str(tmp_path) not in record.read_text()
     for cell in out.glob("cells/*.json"):  # what has no student yet is no row
@@ -173,7 +171,7 @@ def test_the_benchmark_from_its_command_line(tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
     assert equations.main([*command, "--collect"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("radius r") == 4 and " 0.7 " not in printed.split("radius r", 1)[1]
+    assert printed.count("radius r") == 6 and " 0.7 " not in printed.split("radius r", 1)[1]
 
 
 @pytest.mark.parametrize("command", [equations.main, pair_mass.main])

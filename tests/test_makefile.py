@@ -31,7 +31,9 @@ def commands(repository: Path) -> list[tuple[str, list[str]]]:
         text=True,
         check=True,
     ).stdout
-    lines = re.sub(r"\\\n\s*", "", planned).replace("$network", "conv3").replace("$ipc", "10")
+    lines = re.sub(r"\\\n\s*", "", planned)
+    for variable, value in (("$network", "conv3"), ("$ipc", "10"), ("$images", "rded")):
+        lines = lines.replace(variable, value)
     found = [(program, shlex.split(arguments)) for program, arguments in COMMAND.findall(lines)]
     return [(program, arguments) for program, arguments in found if program not in ("uv", "python -m pip")]
 
@@ -52,6 +54,7 @@ def test_programs_take_the_options_that_make_gives_them(commands: list[tuple[str
             _parser(program).parse_args(arguments)
     assert {"nrrdd", "build-distilled", "python -m pytest", "python -m benchmarks.accuracy"} <= set(programs)
     assert {"python -m benchmarks.builder_throughput", "python -m benchmarks.loader_wait"} <= set(programs)
+    assert {"python -m benchmarks.scale_factors", "python -m benchmarks.teachers"} <= set(programs)
 
 
 def test_one_command_at_a_time_has_the_gpu(repository: Path, tmp_path: Path) -> None:

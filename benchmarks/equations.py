@@ -287,8 +287,9 @@ def compare(grid: Grid, table: Table, choice: Choice) -> list[Row]:
 
 def report(grid: Grid, table: Table, rows: Sequence[Row]) -> str:
     """What was measured, as Markdown."""
+    base = [100 * table[cell].top1 for cell in grid.cells() if cell in table]
     intro = (
-        f"{setting_text(grid, table)} One choice at a time differs from the base. Top-1 "
+        f"{setting_text(grid, table)} One choice at a time differs from the base ({spread(base)}). Top-1 "
         "in %, mean ± standard deviation over seeds; differences from the base are paired by seed, in points, with "
         f"the 95 % interval of their mean.{loss_text(grid)}"
     )

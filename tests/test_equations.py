@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -159,7 +160,7 @@ def test_the_benchmark_from_its_command_line(tmp_path: Path, capsys: pytest.Capt
     assert "no student of the base" in capsys.readouterr().err
     assert equations.main(command) == 0
     printed = capsys.readouterr().out
-    assert "[26/26]" in printed and "0.5 (base)" in printed
+    assert "[26/26]" in printed and "0.5 (base)" in printed and re.search(r"from the base \(\d+\.\d+ ± ", printed)
     (record,) = results.glob("*.json")
     read = json.loads(record.read_text())
     assert len(read["cells"]) == 26 and len(read["rows"]) == 14

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from builders.cores import usable_cores
-from nrrdd_format.errors import ConfigError
+from nrrdd_format.errors import ConfigError, counted
 from nrrdd_format.files import atomic_write, make_folder
 from nrrdd_format.remote import place_of, without_secrets
 
@@ -193,7 +193,7 @@ def circumstances_text(of_students: Sequence[Mapping[str, Any] | None]) -> str:
 
 
 def _device(machine: Mapping[str, Any]) -> str:
-    return machine["gpu"] or f"{machine['cores']} cores of {machine['processor']}"
+    return machine["gpu"] or f"{counted(machine['cores'], 'core')} of {machine['processor']}"
 
 
 def _table_line(cells: Sequence[str], widths: Sequence[int]) -> str:

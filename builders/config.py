@@ -120,7 +120,7 @@ class RefinementSettings:
     label_refinement_views: bool
     """Whether label refinement mixes views of the images, as the records do, or whole images."""
     jitter: bool
-    """SRe2L's random resized crop, roll and flip before each forward pass."""
+    """SRe2L's random resized crop, roll and flip (where views may be flipped) before each forward pass."""
     batch_size: int
     mix: Mix
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -117,13 +117,13 @@ class Objective:
     def __init__(self, passes: Passes, targets: Tensor, tables: PairTables, seed: int, batch: int) -> None:
         self._passes, self._targets = passes, targets
         self._mixes = MixDraws(targets.cpu().numpy(), tables, seed, batch)
-        self._seed, self._batch = seed, batch
+        self._seed, self._batch, self._flip = seed, batch, tables.flip
 
     def gradient(self, pixels: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The gradient of the weighted loss at `pixels`, like them float32, and the unweighted terms (scalars)."""
         passes, settings = self._passes, self._passes.settings
         pixels = pixels.detach().requires_grad_(settings.jitter)
-        seen = jitter(pixels, self._seed, self._batch, step) if settings.jitter else pixels
+        seen = jitter(pixels, self._seed, self._batch, step, flip=self._flip) if settings.jitter else pixels
         gradient, terms = passes.unmixed(seen, self._targets)
         if settings.alpha_lr > 0:
             mixed, more = passes.mixed(seen, self._targets, self._mixes.draw(step, pixels.device))
@@ -194,14 +194,14 @@ def learning_rate(settings: RefinementSettings, step: int) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * step / settings.iterations))
 
 
-def jitter(pixels: Tensor, seed: int, batch: int, step: int) -> Tensor:
-    """SRe2L's augmentation inside the loop, one draw for the batch: random resized crop, roll and flip."""
+def jitter(pixels: Tensor, seed: int, batch: int, step: int, *, flip: bool) -> Tensor:
+    """SRe2L's augmentation inside the loop, one draw for the batch: random resized crop, roll and (`flip`) flip."""
     size = pixels.shape[-1]
-    area, down, right, flip, roll_y, roll_x = draws.uniform(seed, "refinement-jitter", batch, step, count=6)
+    area, down, right, mirror, roll_y, roll_x = draws.uniform(seed, "refinement-jitter", batch, step, count=6)
     side = max(1, round(size * math.sqrt(0.08 + 0.92 * area)))
     top, left = int(down * (size - side + 1)), int(right * (size - side + 1))
     cut = F.interpolate(pixels[..., top : top + side, left : left + side], size, mode="bilinear")
-    if flip < 0.5:
+    if flip and mirror < 0.5:
         cut = cut.flip(-1)
     reach = size // 8
     shift = (int(roll_y * (2 * reach + 1)) - reach, int(roll_x * (2 * reach + 1)) - reach)

@@ -175,7 +175,7 @@ def _plain_gradient(passes: Passes, pixels: torch.Tensor, targets: torch.Tensor,
     """The gradient as the loss is written down: one graph of both passes, float32."""
     pixels = pixels.detach().requires_grad_(True)
     settings, mixes = passes.settings, MixDraws(targets.numpy(), TABLES, 0, 0).draw(step, pixels.device)
-    seen = jitter(pixels, 0, 0, step) if settings.jitter else pixels
+    seen = jitter(pixels, 0, 0, step, flip=True) if settings.jitter else pixels
     logits, batchnorm = passes.batchnorm(seen)
     loss = nn.functional.cross_entropy(logits, targets) + settings.alpha_bn * batchnorm
     loss = loss + settings.alpha_lr * label_refinement_loss(passes.model, seen, targets, mixes, "soft")
@@ -431,10 +431,21 @@ def test_gradients_flow_through_the_mix_to_both_images(eyes: Eyes) -> None:
 
 def test_jitter_keeps_the_shape_and_differs_from_step_to_step() -> None:
     pixels = torch.rand(2, 3, 16, 16)
-    first, second = jitter(pixels, 0, 0, 0), jitter(pixels, 0, 0, 1)
+    first, second = (jitter(pixels, 0, 0, step, flip=True) for step in (0, 1))
     assert first.shape == pixels.shape
     assert (first != second).any()
-    assert torch.equal(first, jitter(pixels, 0, 0, 0))
+    assert torch.equal(first, jitter(pixels, 0, 0, 0, flip=True))
+
+
+def test_jitter_mirrors_images_only_where_views_may_be_flipped() -> None:
+    """A mirrored digit shows another class, or none."""
+    ramp = torch.arange(16.0).expand(1, 3, 16, 16)
+
+    def mirrored(flip: bool) -> list[bool]:
+        rises = [(jitter(ramp, 0, 0, step, flip=flip).diff(dim=-1) >= 0).float().mean() for step in range(12)]
+        return [float(share) < 0.5 for share in rises]
+
+    assert not any(mirrored(False)) and 0 < sum(mirrored(True)) < 12
 
 
 def test_pixels_stay_in_range(eyes: Eyes) -> None:

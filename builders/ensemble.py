@@ -66,11 +66,12 @@ def load_teachers(
     ]
     if len(members) == 1:
         return members[0]
-    digests = sorted(member.sha256 for member in members)
+    by_digest = sorted(members, key=lambda member: member.sha256)  # one digest, one mean: sums depend on their order
+    digests = [member.sha256 for member in by_digest]
     if len(set(digests)) < len(digests):
         raise TeacherError("two of the teachers have the same weights; name each one once")
     return Teacher(
-        model=Ensemble([member.model for member in members]).eval(),
+        model=Ensemble([member.model for member in by_digest]).eval(),
         architecture=JOINT.join(member.architecture for member in members),
         num_classes=num_classes,
         sha256=hashlib.sha256("\n".join(digests).encode("ascii")).hexdigest(),

@@ -60,6 +60,22 @@ def test_half_precision_is_averaged_in_float32() -> None:
     assert Ensemble([member, member])(torch.zeros(1, 3, 4, 4)).dtype == torch.float32
 
 
+def test_the_order_of_the_members_changes_no_bit(tmp_path: Path) -> None:
+    """Their digest does not tell it, and work of one order is taken up by another."""
+    for number in range(4):
+        save(tmp_path / f"{number}.pt", "conv1-w8", number)
+    images = torch.rand(64, 3, SIZE, SIZE)
+
+    def logits(order: tuple[int, ...]) -> torch.Tensor:
+        choices = [TeacherChoice(checkpoint=tmp_path / f"{number}.pt") for number in order]
+        teacher = load_teachers(choices, num_classes=3, image_size=SIZE, device="cpu", class_names=CLASSES)
+        with torch.no_grad():
+            return teacher.model(images)  # type: ignore[no-any-return]
+
+    first = logits((0, 1, 2, 3))
+    assert all(torch.equal(logits(order), first) for order in ((3, 2, 1, 0), (1, 3, 0, 2)))
+
+
 # Options
 
 

@@ -76,25 +76,32 @@ def in_processes(
     if processes == 1:
         yield from map(function, np.asarray(items, np.int64).tolist())
         return
-    chunks = _Chunks(function=function, items=np.asarray(items, np.int64))
-    generator = torch.Generator()  # otherwise the loader would draw from torch's global one
-    loader = DataLoader(
-        chunks,
+    for results in from_processes(_Chunks(function=function, items=np.asarray(items, np.int64)), processes):
+        for result in results:
+            if isinstance(result, _Raised):
+                raise result.error
+            yield result
+
+
+def from_processes(dataset: Dataset[Result], processes: int, *, option: str = "--threads") -> Iterator[Result]:
+    """The items of a dataset, in order, made ahead in so many processes (0: in this one, as they are asked for).
+
+    Raises:
+        DataError: a process has died; it names the option that says how many there are.
+    """
+    loader: DataLoader[Result] = DataLoader(
+        dataset,
         batch_size=None,
         num_workers=processes,
         collate_fn=_as_it_is,
-        generator=generator,
+        generator=torch.Generator(),  # otherwise the loader would draw from torch's global one
         worker_init_fn=_begin_reading,
     )
-    with named_deaths():
-        for results in _started(loader):  # by no name, which an error's traceback would keep, and the processes with it
-            for result in results:
-                if isinstance(result, _Raised):
-                    raise result.error
-                yield result
+    with named_deaths(option):
+        yield from _started(loader)  # by no name, which an error's traceback would keep, and the processes with it
 
 
-def _started(loader: DataLoader[list[Any]]) -> Iterator[list[Any]]:
+def _started(loader: DataLoader[Result]) -> Iterator[Result]:
     # Python drops what a signal raises in its callbacks around a fork. Processes that are started in another way may be
     # ended by a terminal's Ctrl-C before they can ignore it, so there it must not wait until they have started.
     forks = multiprocessing.get_start_method() == "fork"
@@ -103,18 +110,18 @@ def _started(loader: DataLoader[list[Any]]) -> Iterator[list[Any]]:
 
 
 @contextmanager
-def named_deaths() -> Iterator[None]:
+def named_deaths(option: str = "--threads") -> Iterator[None]:
     """For the work between two results, too: torch tells of a process's death wherever the caller is at that moment.
 
     Raises:
-        DataError: a process of `in_processes` has died.
+        DataError: a process of `from_processes` has died; it names the option that says how many there are.
     """
     try:
         yield
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
-        raise DataError("a process that reads images has died; if memory ran out, lower --threads") from error
+        raise DataError(f"a process that reads images has died; if memory ran out, lower {option}") from error
 
 
 def reading_processes(threads: int | None, items: int) -> int:
@@ -158,5 +165,5 @@ def _begin_reading(number: int) -> None:
     end_with_parent()
 
 
-def _as_it_is(results: list[Any]) -> list[Any]:
-    return results
+def _as_it_is(result: Result) -> Result:
+    return result

@@ -9,15 +9,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from builders.image_sets import ImageSet
 from builders.images import UnusableImage
+from builders.prefetch import from_processes
 
 Skipped = list[tuple[str, str]]
 """Names of unusable images, each with the reason."""
 Batch = tuple[Tensor, Tensor, Skipped]
 """Images (B, 3, S, S) uint8, their labels (B,) int64, and what was left out."""
+WORKERS = "--workers"
+"""The option that says how many processes read a teacher's images."""
 _NO_IMAGES = torch.empty((0, 3, 1, 1), dtype=torch.uint8)
 
 
@@ -40,10 +43,12 @@ def named(skipped: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def read_batches(images: ImageSet, batches: Sequence[NDArray[np.int64]], workers: int = 0) -> Iterator[Batch]:
-    """Reads one batch after the other, ahead of the caller in `workers` processes (0: in this one)."""
-    dataset = _Batches(images=images, batches=batches)
-    generator = torch.Generator()  # otherwise the loader would draw from torch's global one
-    yield from DataLoader(dataset, batch_size=None, num_workers=workers, generator=generator)
+    """Reads one batch after the other, ahead of the caller in `workers` processes (0: in this one).
+
+    Raises:
+        DataError: a process has died.
+    """
+    yield from from_processes(_Batches(images=images, batches=batches), workers, option=WORKERS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from builders.bounds import MAX_SEED, MAX_STEPS, MAX_THREADS, between, positive
 from builders.image_sets import ImageSet
 from builders.models import create_model
-from builders.reading import Batch, Skipped, read_batches, read_usable
+from builders.prefetch import named_deaths
+from builders.reading import WORKERS, Batch, Skipped, read_batches, read_usable
 from builders.sources import Source
 from builders.teacher import load_weights_only, measure_top1
 from nrrdd_format import draws
@@ -181,7 +182,7 @@ class _Trainer:
         self.model.train()
         totals = torch.zeros(2, device=self.device, dtype=torch.float64)  # loss, right answers
         seen = 0
-        with _seeded(self.run.seed, "teacher-dropout", epoch):
+        with _seeded(self.run.seed, "teacher-dropout", epoch), named_deaths(WORKERS):
             for step, (images, labels, _) in enumerate(self.feed.batches(self.run, epoch)):
                 if len(labels) < 2:  # almost all images of the batch are unusable, and BatchNorm needs two
                     continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import pickle
 import re
 import signal
@@ -643,6 +644,33 @@ def test_large_images_are_read_by_workers(tmp_path: Path) -> None:
     here = train(large, architecture="conv3-w4", epochs=2, batch_size=8)
     assert here.top1 is not None and here.top1 > 0.5
     assert digest(train(large, architecture="conv3-w4", epochs=2, batch_size=8, workers=1)) == digest(here)
+
+
+def _in_worker(images: FolderImages, signal_number: int) -> None:
+    """A signal comes to a process that reads images, whenever it reads one."""
+    read = images.read
+
+    def and_signal(index: int) -> Any:
+        if multiprocessing.parent_process() is not None:
+            signal.raise_signal(signal_number)
+        return read(index)
+
+    object.__setattr__(images, "read", and_signal)
+
+
+def test_a_worker_that_dies_is_named_with_its_option(tmp_path: Path) -> None:
+    large = source(72, train=folder(tmp_path, 72, 24, broken=0))
+    _in_worker(large.train, signal.SIGKILL)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"a process that reads images has died.*--workers"):
+        train(large, architecture="conv3-w4", epochs=1, batch_size=8, workers=1)
+
+
+def test_workers_leave_an_interrupt_to_the_process_that_started_them(tmp_path: Path) -> None:
+    """A terminal's Ctrl-C comes to all of them."""
+    large = source(72, train=folder(tmp_path, 72, 24, broken=0))
+    here = train(large, architecture="conv3-w4", epochs=1, batch_size=8)
+    _in_worker(large.train, signal.SIGINT)  # type: ignore[arg-type]
+    assert digest(train(large, architecture="conv3-w4", epochs=1, batch_size=8, workers=1)) == digest(here)
 
 
 def test_large_images_none_of_which_is_usable(tmp_path: Path) -> None:

@@ -227,9 +227,11 @@ def _add_refinement(group: argparse._ArgumentGroup) -> None:
         help="of the teacher here (auto: bf16 on a GPU that has it, else fp32)",
     )
     group.add_argument(
-        "--compile", action="store_true", help="refine through torch.compile: faster, after a start of a minute or more"
+        "--compile", action="store_true", help="refine through torch.compile: faster, after a start of up to a minute"
     )
-    group.add_argument("--jitter", action="store_true", help="SRe2L's crop, roll and flip before each step")
+    group.add_argument(
+        "--jitter", action="store_true", help="SRe2L's crop, roll and flip (not of digits) before each step"
+    )
 
 
 def _add_records(group: argparse._ArgumentGroup) -> None:

@@ -262,7 +262,7 @@ def precision_notice(settings: RefinementSettings, device: torch.device, steps: 
 def compile_notice(settings: RefinementSettings, device: torch.device, steps: int) -> str | None:
     """What the user should know of compiling before so many steps."""
     if settings.compile:
-        return "refine: the first step compiles the teacher's passes, which takes a minute or more" if steps else None
+        return "refine: the first step compiles the teacher's passes, which takes up to a minute" if steps else None
     if device.type == "cuda" and steps >= COMPILING_PAYS:
         return "refine: compiling (--compile) takes a minute and halved the time of a step at 224 px on an H200"
     return None
